@@ -1,0 +1,1 @@
+"""What runs where: recipes, the Ray graph, the command line, the report."""
