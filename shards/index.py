@@ -1,0 +1,195 @@
+"""The index: what the dataset holds, and what is still to be done. It is the ledger: a shard exists because a part names it.
+
+Two kinds of Parquet parts hold everything. A part of `index/sources` is the record of one source (its row and the rows of its
+candidate clips) or the list of sources of a run; a part of `index/clips` holds final rows. Later parts supersede earlier rows
+of the same id. This module is the one place that knows it: it offers `sources` and `clips` as tables with one row per id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .lease import committing
+from .schema import CORE_CLIP_FIELDS, clip_schema, conform, source_schema, table_of
+from .storage import Storage
+from .writer import CLIPS, EMBEDDINGS, SOURCES, put_table, read_models, read_summary
+
+# Of each source the latest attempt counts, and within it the outcome, not the note that it was begun.
+_SOURCES_VIEW = """
+create or replace view latest_sources as
+    select * from source_parts
+    qualify row_number() over (partition by source_id order by attempt desc, status = 'pending', part desc) = 1
+"""
+
+# A final row supersedes the candidate row of the record; among final rows the later part wins.
+_CLIPS_VIEW = """
+create or replace view clips as
+    with candidates as (
+        select '' as part, unnest(candidates, max_depth := 2) from latest_sources where candidates is not null
+    ),
+    latest as (
+        select * from (select * from clip_parts union all by name select * from candidates)
+        qualify row_number() over (partition by clip_id order by part desc) = 1
+    )
+    select * exclude (part),
+        case when rejected_by is not null then 'rejected'
+             when error_class is not null then 'failed'
+             when shard is not null then 'kept'
+             else 'pending' end as state
+    from latest
+"""
+
+_SOURCES_PUBLIC = """
+create or replace view sources as
+    select s.* exclude (candidates, part, status),
+        case when s.status = 'done' and coalesce(p.pending, 0) > 0 then 'pending' else s.status end as status
+    from latest_sources s
+    left join (select source_id, count(*) as pending from clips where state = 'pending' group by 1) p using (source_id)
+"""
+
+
+class Index:
+    """The tables of a dataset as they stand now; `refresh` reads what was committed since.
+
+    Args:
+        storage: the dataset, or its path or URI.
+
+    Views for `query`: `sources` (core columns; `status` is done, failed or pending), `clips` (core and signal columns, and
+    `state`: kept, rejected, failed or pending).
+    """
+
+    def __init__(self, storage: Storage | str) -> None:
+        self.storage = storage if isinstance(storage, Storage) else Storage(storage)
+        self._parts: dict[str, pa.Table] = {}
+        self._connection = duckdb.connect(config={"enable_external_access": "false"})
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the parts committed since the last look; parts never change once written, except by an equal attempt."""
+        for folder in (SOURCES, CLIPS):
+            for entry in self.storage.list(folder, ".parquet"):
+                if entry.name not in self._parts:
+                    self._parts[entry.name] = self._read(entry.name)
+        signals = self.signals
+        self._register("source_parts", SOURCES, source_schema(signals))
+        self._register("clip_parts", CLIPS, clip_schema(signals))
+        for view in (_SOURCES_VIEW, _CLIPS_VIEW, _SOURCES_PUBLIC):
+            self._connection.execute(view)
+
+    def _read(self, name: str) -> pa.Table:
+        with self.storage.open(name) as file:
+            return pq.read_table(file).replace_schema_metadata(None)
+
+    def _register(self, view: str, folder: str, schema: pa.Schema) -> None:
+        named = schema.append(pa.field("part", pa.string()))
+        tables = [
+            conform(table, schema).append_column("part", pa.array([name.rsplit("/", 1)[-1]] * len(table), pa.string()))
+            for name, table in sorted(self._parts.items())
+            if name.startswith(folder + "/")
+        ]
+        self._connection.register(view, pa.concat_tables(tables) if tables else named.empty_table())
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signal columns that the parts hold."""
+        core = {field.name for field in CORE_CLIP_FIELDS}
+        found: dict[str, None] = {}
+        for name, table in self._parts.items():
+            if name.startswith(CLIPS + "/"):
+                names = table.schema.names
+            elif "candidates" in table.schema.names:
+                names = [field.name for field in table.schema.field("candidates").type.value_type]
+            else:
+                continue
+            found.update(dict.fromkeys(column for column in names if column not in core))
+        return tuple(found)
+
+    def query(self, sql: str, parameters: Iterable[Any] | None = None) -> pa.Table:
+        """Rows that `sql` (DuckDB's dialect) selects from the views; it can read nothing else."""
+        return self._connection.sql(sql, params=list(parameters or [])).to_arrow_table()
+
+    def sources(self) -> pa.Table:
+        """One row per source."""
+        return self.query("select * from sources order by source_id")
+
+    def clips(self) -> pa.Table:
+        """One row per candidate clip, with its `state`."""
+        return self.query("select * from clips order by clip_id")
+
+    def incomplete(self) -> pa.Table:
+        """Sources with something left to do: never finished, or with clips that have no final row yet."""
+        return self.query("select * from sources where status = 'pending' order by source_id")
+
+    def pending_clips(self, source: str) -> pa.Table:
+        """The clips of `source` that passed every rule so far and have no final row, as candidate rows in order of time."""
+        found = self.query("select * from clips where source_id = ? and state = 'pending' order by start, clip_id", [source])
+        return conform(found, clip_schema(self.signals))
+
+    def record(self, source: str) -> dict[str, Any] | None:
+        """The row of `source` in `sources` when it was analysed (status done in its latest attempt), else `None`."""
+        found = self.query(
+            "select * exclude (candidates, part) from latest_sources where source_id = ? and status = 'done'", [source]
+        )
+        return found.to_pylist()[0] if len(found) else None
+
+    def embeddings(self) -> pa.Table:
+        """Image embeddings of the kept clips: `clip_id`, `embedding` (float16, unit norm), one row per clip."""
+        tables = [self._read(entry.name) for entry in self.storage.list(EMBEDDINGS, ".parquet")]
+        if not tables:
+            return pa.table({"clip_id": pa.array([], pa.string()), "embedding": pa.array([], pa.list_(pa.float16()))})
+        joined = pa.concat_tables(tables)
+        kept = {row["clip_id"]: None for row in self.query("select clip_id from clips where state = 'kept'").to_pylist()}
+        last = {clip: place for place, clip in enumerate(joined["clip_id"].to_pylist()) if clip in kept}
+        return joined.take(pa.array(sorted(last.values()), pa.int64()))
+
+    def shards(self) -> list[dict[str, Any]]:
+        """The committed shards, as `wids-shard-index-v1` describes them (`url` below the dataset's root)."""
+        found = []
+        for name in sorted(self._parts):
+            part = name.removeprefix(CLIPS + "/").removesuffix(".parquet")
+            summary = read_summary(self.storage, part) if name.startswith(CLIPS + "/") else None
+            if summary and summary.shard:
+                found.append(
+                    {
+                        "url": summary.shard,
+                        "nsamples": summary.nsamples,
+                        "filesize": summary.filesize,
+                        "md5sum": summary.md5sum,
+                    }
+                )
+        return found
+
+    def models(self) -> dict[str, str]:
+        """Which model made which column, over all parts; differing answers are joined by ` | `."""
+        answers: dict[str, dict[str, None]] = {}
+        for name in sorted(self._parts):
+            if name.startswith(CLIPS + "/"):
+                for column, model in read_models(self.storage, name.removeprefix(CLIPS + "/").removesuffix(".parquet")).items():
+                    answers.setdefault(column, {})[model] = None
+        return {column: " | ".join(models) for column, models in answers.items()}
+
+
+def add_sources(storage: Storage, run: str, rows: list[Mapping[str, Any]]) -> None:
+    """Note that sources went in: rows of `sources`, status pending, under the name of this run. No row: nothing is written."""
+    if rows:
+        noted = [{**row, "status": "pending"} for row in rows]
+        with committing(storage, run):
+            put_table(storage, f"{SOURCES}/{run}-inputs.parquet", table_of(noted, source_schema([])))
+
+
+def amend_clips(storage: Storage, run: str, changed: pa.Table, signals: Iterable[str]) -> None:
+    """Supersede clip rows (after changed rules, or to try failed clips again); the shards stay as they are."""
+    if len(changed):
+        with committing(storage, run):
+            # "-0-" sorts before the parts that this run's graph will write.
+            put_table(storage, f"{CLIPS}/{run}-0-amended.parquet", conform(changed, clip_schema(signals)))
+
+
+def shard_list(index: Index, name: str) -> dict[str, Any]:
+    """The content of `shards.json` (kind `wids-shard-index-v1`, as the wids readers of WebDataset take it)."""
+    return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": index.shards()}

@@ -1,0 +1,210 @@
+"""Samples for training from a dataset's shards: streaming (webdataset) or map-style by (shard, offset, size).
+
+Needs torch, webdataset and PyAV; nothing of Ray, yt-dlp or the rest of this project.
+
+    loader = torch.utils.data.DataLoader(stream("data/sample", decode=Decode(frames=16, height=192)), batch_size=4, num_workers=2)
+    for batch in loader:
+        batch["video"]      # uint8 [4, 16, 3, 192, 344]
+        batch["caption"]    # list of 4 strings
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+
+from .index import Index
+from .storage import Storage
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How a clip becomes a tensor: evenly spaced frames, scaled and centre-cropped to one size.
+
+    Args:
+        frames: frames per sample; a clip with fewer repeats its last one.
+        height, width: size of the frames in pixels; `width=None` keeps 16:9 and rounds to a multiple of 8.
+        fps: frames per second to sample at, from the middle of the clip; `None` spreads `frames` over the whole clip.
+    """
+
+    frames: int = 16
+    height: int = 192
+    width: int | None = None
+    fps: float | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the frames."""
+        return self.height, self.width or max(8, round(self.height * 16 / 9 / 8) * 8)
+
+    def __call__(self, video: bytes) -> torch.Tensor:
+        """Decode an encoded clip to uint8 `[frames, 3, height, width]`, RGB.
+
+        Raises:
+            ValueError: the clip has no frame.
+        """
+        import av
+
+        with av.open(io.BytesIO(video)) as container:
+            decoded = [(frame.time or 0.0, frame) for frame in container.decode(video=0)]
+        if not decoded:
+            raise ValueError(f"a clip of {len(video)} bytes has no frame")
+        times = np.array([time for time, _ in decoded])
+        chosen = np.searchsorted(times, self._instants(times), side="right") - 1
+        images = {place: self._scaled(decoded[place][1]) for place in sorted({int(place) for place in chosen.clip(0)})}
+        return torch.from_numpy(np.stack([images[int(place)] for place in chosen.clip(0)])).permute(0, 3, 1, 2).contiguous()
+
+    def _instants(self, times: np.ndarray) -> np.ndarray:
+        first, last = float(times[0]), float(times[-1])
+        if self.fps is None:
+            return np.linspace(first, last, self.frames)
+        begin = max(first, (first + last) / 2 - (self.frames - 1) / self.fps / 2)
+        return np.minimum(begin + np.arange(self.frames) / self.fps, last) + 1e-9
+
+    def _scaled(self, frame: Any) -> np.ndarray:
+        height, width = self.size
+        scale = max(height / frame.height, width / frame.width)
+        scaled = frame.reformat(
+            width=max(width, round(frame.width * scale)),
+            height=max(height, round(frame.height * scale)),
+            format="rgb24",
+            interpolation="BICUBIC",
+        ).to_ndarray()
+        top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+        return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+
+
+def _decoded(sample: Sample, decode: Callable[[bytes], Any] | None) -> Sample:
+    """A tar sample as a training sample: `clip_id`, `video` (decoded, or bytes), `caption`, `row` (the clip's row)."""
+    row = json.loads(sample["json"])
+    video = sample["mp4"] if decode is None else decode(sample["mp4"])
+    result = {"clip_id": sample["__key__"], "video": video, "caption": sample.get("txt", b"").decode()}
+    # A default collate cannot batch None, so the whole row only travels when the caller keeps the bytes.
+    return {**result, "row": row} if decode is None else result
+
+
+def _where(split: str | None, where: str | None) -> str:
+    wanted = ["state = 'kept'"]
+    if split is not None:
+        wanted.append("split = '" + split.replace("'", "''") + "'")
+    if where is not None:
+        wanted.append(f"({where})")
+    return " and ".join(wanted)
+
+
+def stream(
+    dataset: str,
+    *,
+    split: str | None = "train",
+    where: str | None = None,
+    decode: Callable[[bytes], Any] | None = None,
+    shuffle: int = 0,
+    resampled: bool = False,
+    seed: int = 0,
+) -> Any:
+    """A dataset's samples as a `webdataset.WebDataset`, each node and worker taking its own shards.
+
+    Only samples that the index keeps are delivered: what later rules rejected, or a killed run left twice, is passed over.
+
+    Args:
+        dataset: path or URI.
+        split: train, val or test; `None` for all.
+        where: a condition in SQL on the columns of `clips`.
+        decode: bytes of a clip to what `sample["video"]` shall be (see `Decode`); `None` keeps the bytes and adds `row`.
+        shuffle: size of the shuffle buffer, in samples before decoding; 0 keeps the order of the shards.
+        resampled: draw shards with replacement for ever (training; limit with `.with_epoch(n)`) instead of a single pass.
+        seed: of the shard order and the shuffle buffer.
+
+    Raises:
+        ValueError: no sample is selected.
+    """
+    index = Index(dataset)
+    keys: dict[str, set[str]] = {}
+    for row in index.query(f"select shard, clip_id from clips where {_where(split, where)} order by shard").to_pylist():
+        keys.setdefault(row["shard"], set()).add(row["clip_id"])
+    if not keys:
+        raise ValueError(f"{dataset} holds no kept clip with {_where(split, where)}")
+    storage = index.storage
+    source = (
+        wds.ResampledShards(list(keys), seed=seed)
+        if resampled
+        else wds.SimpleShardList(list(keys), seed=seed if shuffle else None)
+    )
+    stages: list[Any] = [source]
+    if not resampled:
+        stages += [wds.split_by_node, wds.split_by_worker]
+    stages += [partial(_open_shards, storage=storage), partial(_select, keys=keys)]
+    if shuffle:
+        stages.append(wds.shuffle(shuffle, seed=seed))
+    stages.append(wds.map(partial(_decoded, decode=decode)))
+    return wds.DataPipeline(*stages)
+
+
+def _open_shards(shards: Iterator[Sample], storage: Storage) -> Iterator[Sample]:
+    """The samples of each shard, read sequentially."""
+    for shard in shards:
+        name = shard["url"]
+        with storage.open(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+            sample: Sample = {}
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if sample and sample["__key__"] != key:
+                    yield sample
+                    sample = {}
+                content = tar.extractfile(member)
+                sample.update({"__key__": key, "__url__": name, extension: content.read() if content else b""})
+            if sample:
+                yield sample
+
+
+def _select(samples: Iterator[Sample], keys: dict[str, set[str]]) -> Iterator[Sample]:
+    for sample in samples:
+        if sample["__key__"] in keys[sample["__url__"]]:
+            yield sample
+
+
+class MapDataset(torch.utils.data.Dataset[Sample]):
+    """A dataset's samples by number, read from the shards by offset: random access, exact epochs, any sampler.
+
+    Args: as for `stream`.
+
+    The rows are kept as Arrow columns (tens of bytes a clip), so that data-loader workers share them.
+    """
+
+    def __init__(
+        self, dataset: str, *, split: str | None = "train", where: str | None = None, decode: Callable[[bytes], Any] | None = None
+    ) -> None:
+        index = Index(dataset)
+        self._storage = index.storage
+        self._decode = decode
+        self._rows = index.query(
+            f'select clip_id, shard, "offset", size from clips where {_where(split, where)} order by shard, "offset"'
+        ).combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Sample:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"sample {number} of a dataset with {len(self)}")
+        place = number % len(self)
+        row = {name: self._rows[name][place].as_py() for name in ("clip_id", "shard", "offset", "size")}
+        content = self._storage.get_range(row["shard"], row["offset"], row["size"])
+        sample: Sample = {"__key__": row["clip_id"]}
+        # The slice holds whole members without an end mark; zeros make it a complete tar.
+        with tarfile.open(fileobj=io.BytesIO(content + bytes(1024)), mode="r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                sample[member.name.partition(".")[2]] = file.read() if file else b""
+        return _decoded(sample, self._decode)
