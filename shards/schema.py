@@ -14,10 +14,10 @@ from typing import Literal
 
 import pyarrow as pa
 
-Step = Literal["analyse", "embed", "caption"]
+Step = Literal["analyse", "cut", "embed", "caption"]
 """The steps that fill columns, in the order in which they run; a rule runs after the last step that one of its columns needs."""
 
-STEPS: tuple[Step, ...] = ("analyse", "embed", "caption")
+STEPS: tuple[Step, ...] = ("analyse", "cut", "embed", "caption")
 
 Split = Literal["train", "val", "test"]
 
