@@ -54,7 +54,11 @@ class Rules:
 
     def __init__(self, rules: Mapping[str, str], signals: Iterable[Column], steps: Iterable[Step] = STEPS) -> None:
         signals = list(signals)
-        self._known = {**_CORE, CAPTION_SIMILARITY.name: CAPTION_SIMILARITY.step, **{column.name: column.step for column in signals}}
+        self._known = {
+            **_CORE,
+            CAPTION_SIMILARITY.name: CAPTION_SIMILARITY.step,
+            **{column.name: column.step for column in signals},
+        }
         self._schema = clip_schema([name for name in self._known if name not in _CORE])
         self._connection = duckdb.connect(config={"enable_external_access": "false", "threads": "1"})
         self._steps = set(steps)
