@@ -20,29 +20,7 @@ from pyarrow import fs
 from videofactory.shards.schema import source_id
 
 VIDEO_SUFFIXES = frozenset(
-    [
-        ".mp4",
-        ".m4v",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".mpg",
-        ".mpeg",
-        ".m2ts",
-        ".mts",
-        ".ts",
-        ".flv",
-        ".f4v",
-        ".wmv",
-        ".asf",
-        ".ogv",
-        ".ogg",
-        ".3gp",
-        ".3g2",
-        ".mxf",
-        ".vob",
-    ]
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .m2ts .mts .ts .flv .f4v .wmv .asf .ogv .ogg .3gp .3g2 .mxf .vob".split()  # noqa: SIM905
 )
 """Files that a folder contributes; a file named by itself is taken whatever its ending."""
 
