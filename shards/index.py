@@ -8,7 +8,7 @@ of the same id. This module is the one place that knows it: it offers `sources` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
@@ -130,6 +130,11 @@ class Index:
         found = self.query("select * from clips where source_id = ? and state = 'pending' order by start, clip_id", [source])
         return conform(found, clip_schema(self.signals))
 
+    def candidates(self) -> pa.Table:
+        """The candidate rows of all records: what was known of every clip right after the analysis."""
+        found = self.query("select unnest(candidates, max_depth := 2) from latest_sources where candidates is not null")
+        return conform(found, clip_schema(self.signals)) if len(found) else clip_schema(self.signals).empty_table()
+
     def record(self, source: str) -> dict[str, Any] | None:
         """The row of `source` in `sources` when it was analysed (status done in its latest attempt), else `None`."""
         found = self.query(
@@ -182,12 +187,16 @@ def add_sources(storage: Storage, run: str, rows: list[Mapping[str, Any]]) -> No
             put_table(storage, f"{SOURCES}/{run}-inputs.parquet", table_of(noted, source_schema([])))
 
 
-def amend_clips(storage: Storage, run: str, changed: pa.Table, signals: Iterable[str]) -> None:
-    """Supersede clip rows (after changed rules, or to try failed clips again); the shards stay as they are."""
+def amend_clips(storage: Storage, run: str, when: Literal["before", "after"], changed: pa.Table, signals: Iterable[str]) -> None:
+    """Supersede clip rows, before or after the work of a run (changed rules, failures to try again; what could not be done).
+
+    The shards stay as they are.
+    """
     if len(changed):
+        # These names sort before and after the parts of the run's rounds (1, 2).
+        name = f"{CLIPS}/{run}-{'0' if when == 'before' else '9'}-amended.parquet"
         with committing(storage, run):
-            # "-0-" sorts before the parts that this run's graph will write.
-            put_table(storage, f"{CLIPS}/{run}-0-amended.parquet", conform(changed, clip_schema(signals)))
+            put_table(storage, name, conform(changed, clip_schema(signals)))
 
 
 def shard_list(index: Index, name: str) -> dict[str, Any]:

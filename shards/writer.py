@@ -27,6 +27,7 @@ from .storage import Storage
 CLIPS = "index/clips"
 SOURCES = "index/sources"
 EMBEDDINGS = "index/embeddings"
+THUMBNAILS = "index/thumbnails"
 SHARDS = "shards"
 
 _SHARD_KEY = b"videofactory.shard"
@@ -156,6 +157,22 @@ def put_record(
     table = table_of([{**source, "candidates": rows}], schema)
     with committing(storage, run):
         put_table(storage, f"{SOURCES}/{run}-{source['source_id']}-{source['attempt']}.parquet", table)
+
+
+def read_record(storage: Storage, name: str) -> list[dict[str, Any]] | None:
+    """The candidate rows of a record that `put_record` wrote as `name`, or `None` when it is not there."""
+    if not storage.exists(name):
+        return None
+    with storage.open(name) as file:
+        table = pq.read_table(file, columns=["candidates"])
+    return list(table["candidates"][0].as_py() or [])
+
+
+def put_thumbnails(storage: Storage, name: str, pictures: Mapping[str, bytes | None]) -> None:
+    """Write a sidecar of small JPEG pictures by clip id; it is looked at, and decides nothing."""
+    rows = {clip: picture for clip, picture in pictures.items() if picture is not None}
+    if rows:
+        put_table(storage, name, pa.table({"clip_id": list(rows), "thumbnail": pa.array(rows.values(), pa.binary())}))
 
 
 def read_summary(storage: Storage, part: str) -> ShardSummary | None:

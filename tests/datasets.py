@@ -22,7 +22,7 @@ SIGNALS = ("brightness", "motion")
 
 def source_row(number: int) -> dict[str, Any]:
     uri = f"file:///videos/{number}.mp4"
-    return {"source_id": source_id(uri), "uri": uri, "attempt": 0}
+    return {"source_id": source_id(uri), "uri": uri, "attempt": 1}
 
 
 def candidates(source: str, count: int = 4) -> list[dict[str, Any]]:

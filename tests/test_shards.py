@@ -111,7 +111,7 @@ class TestDataset:
         with Lease(dataset) as lease:
             row = {**kept.to_pylist()[0], "rejected_by": "motion"}
             row.pop("state")
-            amend_clips(dataset, lease.run, table_of([row], clip_schema(SIGNALS)), SIGNALS)
+            amend_clips(dataset, lease.run, "before", table_of([row], clip_schema(SIGNALS)), SIGNALS)
         index.refresh()
         states = index.query("select state, count(*) as n from clips group by 1 order by 1").to_pylist()
         assert states == [{"state": "kept", "n": 8}, {"state": "rejected", "n": 4}]
