@@ -34,7 +34,7 @@ class SourcesError(Exception):
 
 
 def find_sources(named: Iterable[str], stdin: TextIO | None = None) -> list[dict[str, Any]]:
-    """Rows of `sources` (`source_id`, `uri`, `attempt` 0, `extra`) for everything named, in order, each source once.
+    """Rows of `sources` (`source_id`, `uri`, `attempt` 1, `extra`) for everything named, in order, each source once.
 
     Args:
         named: video files, folders (searched below), `-` for addresses on standard input, `.txt` lists, `.csv`, `.tsv`,
@@ -62,7 +62,7 @@ def find_sources(named: Iterable[str], stdin: TextIO | None = None) -> list[dict
 def _source(address: str, extra: dict[str, Any]) -> dict[str, Any]:
     uri = canonical_uri(address)
     text = json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str) if extra else None
-    return {"source_id": source_id(uri), "uri": uri, "attempt": 0, "extra": text}
+    return {"source_id": source_id(uri), "uri": uri, "attempt": 1, "extra": text}
 
 
 def canonical_uri(address: str) -> str:

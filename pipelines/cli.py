@@ -247,31 +247,26 @@ def analyse(
 app.command("analyze", hidden=True)(analyse)
 
 
+# What the table of shots leaves out: the same for every shot, derived, or never known after an analysis.
+_NOT_SHOWN = ("uri", "clip_id", "source_id", "duration", "frames", "width", "height", "fps", "rejected_by")
+
+
 def _print_shots(rows: list[dict[str, Any]]) -> None:
-    names = [
-        "start",
-        "end",
-        "duration",
-        *(name for name, value in rows[0].items() if isinstance(value, float | None)),
-        "rejected_by",
-    ]
-    skipped = {"origin_id", "fps", "caption", "error", "error_class", "rejected_by"}
-    columns = [name for name in dict.fromkeys(names) if name not in skipped] + ["rejected_by"]
+    columns = [name for name in rows[0] if name not in _NOT_SHOWN]
     for uri in dict.fromkeys(row["uri"] for row in rows):
         shots = [row for row in rows if row["uri"] == uri]
         title = f"{uri}  {shots[0]['width']}x{shots[0]['height']}, {shots[0]['fps']:.3g} fps, {len(shots)} shots"
-        table = Table(title=_escape(title), title_justify="left", box=None)
+        table = Table(title=_escape(title), title_justify="left", box=None, pad_edge=False)
         for name in columns:
-            table.add_column(name, justify="left" if name == "rejected_by" else "right", overflow="fold")
+            table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column("rejected by", no_wrap=True)
         for row in shots:
-            table.add_row(*(_cell(row.get(name)) for name in columns))
+            table.add_row(*(_cell(row[name]) for name in columns), _escape(row["rejected_by"] or ""))
         out.print(table)
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else _escape(str(value))
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.2g}"
 
 
 @app.command()

@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-# Ray's own default; said aloud, it is not warned about on every start. Ray reads it while it is imported.
+# Read while Ray is imported: its own default, which it warns about unless it is said aloud; and silence below errors that
+# end a process, for its C++ core reports every restarted worker as an error.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 
 from videofactory.shards.schema import CORE_SOURCE_FIELDS, clip_schema, table_of
 
@@ -29,6 +33,9 @@ from .recipe import ExecutionSettings
 from .sink import ShardSink
 
 _WRITE_CPUS = 0.25
+_DESCRIBE_CPUS = 0.5
+"""Unlike the ingest step's 1 on purpose: Ray Data fuses neighbours of equal needs, and the few describers would do all the work."""
+
 _SMALLEST_CPUS = 4
 """CPUs declared to Ray at the least. They are logical: on a laptop's two cores four steps still need four places."""
 
@@ -63,21 +70,39 @@ def cluster(settings: ExecutionSettings) -> Iterator[None]:
     """Ray on this machine for the time of a build; its warnings stay, its chatter goes."""
     cores = settings.cpus or os.cpu_count() or 1
     # Without an address Ray would join any cluster that RAY_ADDRESS names or that happens to run here.
-    ray.init(
-        address="local",
-        num_cpus=max(_SMALLEST_CPUS, cores),
-        num_gpus=settings.gpus,
-        object_store_memory=settings.object_store_bytes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-        _node_ip_address="127.0.0.1",
-    )
+    with _quiet():
+        ray.init(
+            address="local",
+            num_cpus=max(_SMALLEST_CPUS, cores),
+            num_gpus=settings.gpus,
+            object_store_memory=settings.object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+            _node_ip_address="127.0.0.1",
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what Ray's C++ core writes straight to standard error while it starts; shown after all when that fails."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            file.seek(0)
+            os.write(kept, file.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def resources(plan: Plan) -> Resources:
@@ -93,7 +118,7 @@ def resources(plan: Plan) -> Resources:
     planned = Resources(
         cpus=cpus,
         gpus=gpus,
-        ingest_tasks=max(1, min(settings.cpus or os.cpu_count() or 1, cpus - describers - 1)),
+        ingest_tasks=max(1, min(settings.cpus or os.cpu_count() or 1, int(cpus - describers * _DESCRIBE_CPUS - _WRITE_CPUS))),
         describers=describers,
         object_store=store,
         bundle=min(settings.shard_bytes, store // 4),
@@ -108,10 +133,10 @@ def check_fits(planned: Resources) -> None:
     Raises:
         GraphError: they do not.
     """
-    needed = planned.describers + 1
+    needed = planned.describers * _DESCRIBE_CPUS + 1
     if needed > planned.cpus:
         raise GraphError(
-            f"{planned.describers} describers and one task need {needed} CPUs, and there are {planned.cpus}; "
+            f"{planned.describers} describers and one task need {needed:g} CPUs, and there are {planned.cpus}; "
             f"lower execution.describers or raise execution.cpus"
         )
     if planned.gpus and planned.describers > planned.gpus:
@@ -154,7 +179,7 @@ def run_graph(plan: Plan, planned: Resources, todo: Sequence[dict[str, Any]]) ->
         fn_args=(plan,),
         batch_size=1,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(planned.ingest_tasks),
+        compute=TaskPoolStrategy(min(planned.ingest_tasks, len(todo))),
         num_cpus=1,
     )
     if planned.describers:
@@ -164,12 +189,12 @@ def run_graph(plan: Plan, planned: Resources, todo: Sequence[dict[str, Any]]) ->
             batch_size=settings.describe_batch,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=planned.describers),
-            num_cpus=1,
+            num_cpus=_DESCRIBE_CPUS,
             num_gpus=1 if planned.gpus else 0,
         )
     try:
         dataset.write_datasink(ShardSink(plan, planned.bundle), ray_remote_args={"num_cpus": _WRITE_CPUS})
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise GraphError(_explain(error, context.execution_no_progress_timeout_s)) from error
 
 

@@ -94,6 +94,11 @@ def _decoded(sample: Sample, decode: Callable[[bytes], Any] | None) -> Sample:
     return {**result, "row": row} if decode is None else result
 
 
+def _decode_all(samples: Iterator[Sample], decode: Callable[[bytes], Any] | None) -> Iterator[Sample]:
+    for sample in samples:
+        yield _decoded(sample, decode)
+
+
 def _where(split: str | None, where: str | None) -> str:
     wanted = ["state = 'kept'"]
     if split is not None:
@@ -147,7 +152,7 @@ def stream(
     stages += [partial(_open_shards, storage=storage), partial(_select, keys=keys)]
     if shuffle:
         stages.append(wds.shuffle(shuffle, seed=seed))
-    stages.append(wds.map(partial(_decoded, decode=decode)))
+    stages.append(partial(_decode_all, decode=decode))
     return wds.DataPipeline(*stages)
 
 

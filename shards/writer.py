@@ -86,7 +86,7 @@ class ShardWriter:
     def _add_sample(self, record: Mapping[str, Any], video: bytes) -> tuple[int, int]:
         if self._tar is None:
             self._stream = _CountingStream(self._open.enter_context(self._storage.create(self._shard)))
-            self._tar = self._open.enter_context(tarfile.open(fileobj=self._stream, mode="w|", format=tarfile.USTAR_FORMAT))  # noqa: SIM115 - the stack closes it
+            self._tar = self._open.enter_context(tarfile.open(fileobj=self._stream, mode="w", format=tarfile.USTAR_FORMAT))  # noqa: SIM115 - the stack closes it
         offset = self._tar.offset
         key = record["clip_id"]
         for name, content in sample_members(key, record, video):
@@ -211,6 +211,9 @@ class _CountingStream(io.RawIOBase):
 
     def writable(self) -> bool:
         return True
+
+    def tell(self) -> int:
+        return self.count
 
     def write(self, content: Any) -> int:
         self._stream.write(content)
