@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -184,13 +185,14 @@ def _wanted(row: dict[str, Any], retry: tuple[str, ...]) -> bool:
 
 
 def todo(index: Index) -> list[dict[str, Any]]:
-    """Sources with something left to do, as the first step takes them."""
-    rows = []
-    for row in index.incomplete().to_pylist():
-        recorded = index.record(row["source_id"])
-        candidates = index.pending_clips(row["source_id"]).to_pylist() if recorded else None
-        rows.append({**row, "candidates": candidates})
-    return rows
+    """Sources with something left to do, as the first step takes them: with their pending clips where they were analysed."""
+    pending: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in index.pending_clips().to_pylist():
+        pending[row["source_id"]].append(row)
+    return [
+        {**row, "candidates": pending[row["source_id"]] if row["n_clips"] is not None else None}
+        for row in index.incomplete().to_pylist()
+    ]
 
 
 def _run(plan: Plan, plainly: bool) -> None:

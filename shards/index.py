@@ -125,22 +125,16 @@ class Index:
         """Sources with something left to do: never finished, or with clips that have no final row yet."""
         return self.query("select * from sources where status = 'pending' order by source_id")
 
-    def pending_clips(self, source: str) -> pa.Table:
-        """The clips of `source` that passed every rule so far and have no final row, as candidate rows in order of time."""
-        found = self.query("select * from clips where source_id = ? and state = 'pending' order by start, clip_id", [source])
-        return conform(found, clip_schema(self.signals))
+    def pending_clips(self) -> pa.Table:
+        """The clips that passed every rule so far and have no final row, as rows of `clips`, by source and time."""
+        return conform(
+            self.query("select * from clips where state = 'pending' order by source_id, start, clip_id"), clip_schema(self.signals)
+        )
 
     def candidates(self) -> pa.Table:
         """The candidate rows of all records: what was known of every clip right after the analysis."""
         found = self.query("select unnest(candidates, max_depth := 2) from latest_sources where candidates is not null")
         return conform(found, clip_schema(self.signals)) if len(found) else clip_schema(self.signals).empty_table()
-
-    def record(self, source: str) -> dict[str, Any] | None:
-        """The row of `source` in `sources` when it was analysed (status done in its latest attempt), else `None`."""
-        found = self.query(
-            "select * exclude (candidates, part) from latest_sources where source_id = ? and status = 'done'", [source]
-        )
-        return found.to_pylist()[0] if len(found) else None
 
     def embeddings(self) -> pa.Table:
         """Image embeddings of the kept clips: `clip_id`, `embedding` (float16, unit norm), one row per clip."""

@@ -72,7 +72,7 @@ def write_dataset(root: Path, sources: int = 3, per_shard: int = 4, video: bytes
         add_sources(storage, lease.run, [row for row in wanted if row["source_id"] not in known])
         index = Index(storage)
         for source in index.incomplete().to_pylist():
-            if index.record(source["source_id"]) is None:
+            if source["n_clips"] is None:
                 rows = candidates(source["source_id"])
                 done = {
                     "source_id": source["source_id"],
@@ -83,9 +83,7 @@ def write_dataset(root: Path, sources: int = 3, per_shard: int = 4, video: bytes
                 }
                 put_record(storage, lease.run, done, rows, source_schema(SIGNALS))
         index.refresh()
-        pending = [
-            row for source in index.incomplete().to_pylist() for row in index.pending_clips(source["source_id"]).to_pylist()
-        ]
+        pending = index.pending_clips().to_pylist()
         for task, begin in enumerate(range(0, len(pending), per_shard)):
             writer = ShardWriter(storage, lease.run, f"{lease.run}-1-{task:06d}", SIGNALS, {"caption": "test"})
             for row in pending[begin : begin + per_shard]:

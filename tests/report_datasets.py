@@ -112,8 +112,7 @@ def build(root: Path, sources: int = 6, clips: int = 12, video: bytes = b"not de
 def write_clips(storage: Storage, run: str, video: bytes) -> None:
     """Final rows for what the rules keep: the last clip stays pending, the one before fails."""
     index = Index(storage)
-    done = [row["source_id"] for row in index.sources().to_pylist() if index.record(row["source_id"])]
-    pending = [row for source in done for row in index.pending_clips(source).to_pylist()]
+    pending = index.pending_clips().to_pylist()
     writer = ShardWriter(storage, run, f"{run}-1-000000", SIGNALS, MODELS)
     for place, row in enumerate(pending[:-2]):
         caption = HOSTILE if place % 5 == 0 else f"a red circle drifts past {place} squares"
