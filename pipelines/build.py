@@ -27,7 +27,7 @@ from videofactory.shards.schema import STEPS, clip_schema, conform, source_schem
 from videofactory.shards.storage import Storage
 from videofactory.shards.writer import put_record
 
-from .plan import Plan, model_path, run_plainly
+from .plan import Plan, caption_model, model_path, run_plainly
 from .recipe import Recipe, RecipeError, changed_content, dump_recipe, parse_recipe
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ def check(recipe: Recipe, sources: Sequence[dict[str, Any]], force: bool = False
     if recipe.embed:
         check_weights(model_path(recipe.embed.model), recipe.embed.pretrained)
         models.append(recipe.embed.model)
-    if recipe.caption and "model" in recipe.caption.options:
-        check_weights(model_path(str(recipe.caption.options["model"])))
-        models.append(str(recipe.caption.options["model"]))
+    if recipe.caption and (model := caption_model(recipe.caption)):
+        check_weights(model_path(model))
+        models.append(model)
     for model in models:
         if not force and made_for(model_path(model)) == "sample" and (stranger := _first_stranger(sources)):
             raise RecipeError(

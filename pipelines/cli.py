@@ -164,6 +164,8 @@ def _guarded_build(run: Callable[..., Any]) -> Any:
 
 
 def _print_outlook(outlook: Any, recipe: Any) -> None:
+    from .plan import caption_model
+
     table = Table(title=f"recipe {recipe.name}", title_justify="left", show_header=False, box=None)
     table.add_row("sources", f"{outlook.sources} ({outlook.new} new, {outlook.todo} with something left to do)")
     table.add_row("stored clips judged otherwise", str(outlook.rejudged))
@@ -171,9 +173,7 @@ def _print_outlook(outlook: Any, recipe: Any) -> None:
     for name, sql in recipe.rules.items():
         table.add_row(f"rule {name}", _escape(sql))
     table.add_row("embeddings", _escape(recipe.embed.model) if recipe.embed else "off")
-    table.add_row(
-        "captions", _escape(str(recipe.caption.options.get("model", recipe.caption.captioner))) if recipe.caption else "off"
-    )
+    table.add_row("captions", _escape(caption_model(recipe.caption) or recipe.caption.captioner) if recipe.caption else "off")
     out.print(table)
     out.print("nothing was done (--dry-run)")
 

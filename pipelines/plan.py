@@ -13,13 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from videofactory.curation.caption import DEFAULT_CAPTIONER, DEFAULT_MODEL
 from videofactory.curation.ingest import Ingest
 from videofactory.curation.signals import columns as signal_columns
 from videofactory.shards.schema import CAPTION_SIMILARITY, conform, table_of, travelling_schema
 from videofactory.shards.storage import Storage
 from videofactory.shards.writer import ShardSummary, ShardWriter
 
-from .recipe import Recipe
+from .recipe import CaptionSettings, Recipe
 
 _MODELS = Path(__file__).parent / "sample" / "models"
 _SAMPLE = "sample:"
@@ -28,6 +29,13 @@ _SAMPLE = "sample:"
 def model_path(name: str) -> str:
     """Where a model of a recipe is: `sample:NAME` means the miniature models that come with the package."""
     return str(_MODELS / name.removeprefix(_SAMPLE)) if name.startswith(_SAMPLE) else name
+
+
+def caption_model(settings: CaptionSettings) -> str | None:
+    """The model that a recipe's captioner loads, where it is known: an option, or the default of our own captioner."""
+    default = DEFAULT_MODEL if settings.captioner == DEFAULT_CAPTIONER else None
+    model = settings.options.get("model", default)
+    return None if model is None else str(model)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Plan:
         if recipe.embed:
             made["embedding"] = " ".join(filter(None, (recipe.embed.model, recipe.embed.pretrained)))
         if recipe.caption:
-            made["caption"] = str(recipe.caption.options.get("model", recipe.caption.captioner))
+            made["caption"] = caption_model(recipe.caption) or recipe.caption.captioner
         if recipe.embed and recipe.caption:
             made[CAPTION_SIMILARITY.name] = made["embedding"]
         return made

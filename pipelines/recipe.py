@@ -51,8 +51,8 @@ class CaptionSettings(_Settings):
 class SplitSettings(_Settings):
     """Fractions of sources (never of clips: a source does not leak) that go to validation and test."""
 
-    val: float = Field(0.0, ge=0, le=1)
-    test: float = Field(0.0, ge=0, le=1)
+    val: float = Field(0.0, ge=0, le=1, description="fraction of sources for validation")
+    test: float = Field(0.0, ge=0, le=1, description="fraction of sources for test")
 
 
 class ExecutionSettings(_Settings):
@@ -91,8 +91,8 @@ class Recipe(_Settings):
     clips: ClipSettings = Field(default_factory=ClipSettings, description="how kept shots become files")
     embed: EmbedSettings | None = Field(None, description="image embeddings and caption similarity; off when null")
     caption: CaptionSettings | None = Field(None, description="captions; off when null")
-    split: SplitSettings = Field(default_factory=SplitSettings)
-    execution: ExecutionSettings = Field(default_factory=ExecutionSettings)
+    split: SplitSettings = Field(default_factory=SplitSettings, description="how sources are divided for training")
+    execution: ExecutionSettings = Field(default_factory=ExecutionSettings, description="how the build runs")
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -150,10 +150,10 @@ def changed_content(stored: Recipe, wanted: Recipe) -> list[tuple[str, Any, Any]
 
 def _content(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude={"name", "about", "rules", "execution"})
-    # How many at a time is no matter of content.
-    for settings in (values["embed"], (values["caption"] or {}).get("options")):
-        if settings:
-            settings.pop("batch_size", None)
+    # Where, by how many threads and how many at a time is no matter of content.
+    for settings in (values["analysis"], values["embed"], (values["caption"] or {}).get("options")):
+        for name in ("threads", "batch_size", "device"):
+            (settings or {}).pop(name, None)
     return values
 
 

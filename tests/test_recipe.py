@@ -77,3 +77,10 @@ def test_rules_and_execution_are_no_content() -> None:
         ("analysis.skip", "nonreference", "none"),
         ("caption.options.model", "Salesforce/blip2-opt-2.7b", "other"),
     ]
+
+
+def test_how_a_machine_computes_is_no_content() -> None:
+    before = load_recipe("hdvg")
+    changes = ["analysis.threads=4", "caption.options.device=cuda", "caption.options.batch_size=4"]
+    assert changed_content(before, load_recipe("hdvg", changes)) == []
+    assert changed_content(before, load_recipe("hdvg", ["clips.threads=4"])) != []  # x264 writes other bytes
