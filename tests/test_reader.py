@@ -58,6 +58,15 @@ def _all(dataset: str, split: str) -> list[dict[str, object]]:
         return []
 
 
+def test_each_node_reads_its_own_shards(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        parts.append({sample["clip_id"] for sample in stream(dataset, split=None)})
+    assert parts[0] | parts[1] == kept(dataset) and not parts[0] & parts[1] and parts[0] and parts[1]
+
+
 def test_resampled_stream_does_not_end_and_draws_every_clip(dataset: str) -> None:
     source = stream(dataset, split=None, resampled=True, shuffle=8, seed=1)
     drawn = [sample["clip_id"] for sample, _ in zip(source, range(200), strict=False)]
