@@ -197,9 +197,9 @@ class TestCheckFits:
 
     def test_actors_that_hold_every_cpu(self) -> None:
         with pytest.raises(
-            GraphError, match=r"4 describers and one task need 5 CPUs, and there are 4; lower execution\.describers"
+            GraphError, match=r"7 describers and one task need 4\.5 CPUs, and there are 4; lower execution\.describers"
         ):
-            check_fits(replace(self.fits, describers=4))
+            check_fits(replace(self.fits, describers=7))
 
     def test_actors_without_a_gpu_each(self) -> None:
         with pytest.raises(GraphError, match="need a GPU each"):
