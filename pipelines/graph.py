@@ -36,8 +36,8 @@ _WRITE_CPUS = 0.25
 _DESCRIBE_CPUS = 0.5
 """Unlike the ingest step's 1 on purpose: Ray Data fuses neighbours of equal needs, and the few describers would do all the work."""
 
-_SMALLEST_CPUS = 4
-"""CPUs declared to Ray at the least. They are logical: on a laptop's two cores four steps still need four places."""
+_SMALLEST_CPUS = 3
+"""CPUs declared to Ray at the least. They are logical: on two cores two sources, a describer and a write still need their places."""
 
 
 class GraphError(Exception):

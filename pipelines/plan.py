@@ -124,6 +124,7 @@ class Plan:
                 model_path(recipe.embed.model), pretrained=recipe.embed.pretrained, batch_size=recipe.embed.batch_size
             )
         if recipe.caption:
+            _silence_loading()
             options = dict(recipe.caption.options)
             if "model" in options:
                 options["model"] = model_path(str(options["model"]))
@@ -137,6 +138,13 @@ class Plan:
     def table(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
         """Rows as a table of the travelling schema."""
         return table_of(rows, self.schema)
+
+
+def _silence_loading() -> None:
+    """Keep transformers' bars for loading weights out of the build's own progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def rows_of(table: pa.Table, schema: pa.Schema) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Test videos whose cuts are known exactly: textured scenes with camera moves, moving objects, sensor noise and flashes.
 
 The scenes are synthetic, the coding is not: every file is encoded by a real encoder at a stated quality. Used by the tests of
-shots and signals, and by `benchmarks/analysis_pass.py`.
+shots and signals, and by `benchmarks/film.py`.
 """
 
 from __future__ import annotations
