@@ -44,6 +44,9 @@ class AnalysisSettings(ShotSettings):
     threads: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threads <= 64:
+            raise ValueError(f"analysis setting threads is {self.threads}; it must lie between 0 and 64")
         if not 32 <= self.width <= 4096:
             raise ValueError(f"analysis width {self.width} is outside 32 to 4096 pixels")
         if self.skip not in ("nonreference", "none"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from videofactory.curation.weights import HUB_PREFIX, WeightsNotFound, check_weights, local_directory, model_name
@@ -114,19 +114,28 @@ def load_captioner(path: str = DEFAULT_CAPTIONER, **options: Any) -> Captioner:
         ValueError: the path is not of that form, or names nothing that exists.
         TypeError: what it names is not a captioner.
     """
+    captioner = find_captioner(path)(**options)
+    if not (isinstance(getattr(captioner, "name", None), str) and callable(getattr(captioner, "caption", None))):
+        raise TypeError(f"captioner {path!r} has no text `name` or no method `caption(images)`")
+    return cast(Captioner, captioner)
+
+
+def find_captioner(path: str) -> Callable[..., Any]:
+    """The class that `path` names, without making one.
+
+    Raises:
+        ValueError: the path is not of the form `package.module:Class`, or names nothing that exists.
+    """
     module_name, colon, class_name = path.partition(":")
     if not (module_name and colon and class_name):
         raise ValueError(f"captioner {path!r} is not of the form package.module:Class, for example {DEFAULT_CAPTIONER!r}")
     try:
-        factory = getattr(importlib.import_module(module_name), class_name)
+        factory: Callable[..., Any] = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"captioner {path!r} cannot be imported ({error}); check the name and that its package is installed"
         ) from error
-    captioner = factory(**options)
-    if not (isinstance(getattr(captioner, "name", None), str) and callable(getattr(captioner, "caption", None))):
-        raise TypeError(f"captioner {path!r} has no text `name` or no method `caption(images)`")
-    return cast(Captioner, captioner)
+    return factory
 
 
 def _load(model: str, device: Any, dtype: Any) -> tuple[Any, Any]:

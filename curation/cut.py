@@ -25,6 +25,9 @@ MIDDLE_FRAME_WIDTH = 1024
 """Largest width in pixels of the JPEG of the middle frame."""
 
 
+_PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+
+
 @dataclass(frozen=True)
 class ClipSettings:
     """How clips are made. Every field decides about the bytes of a clip.
@@ -65,6 +68,8 @@ class ClipSettings:
         ):
             if value is not None and not low <= value <= high:
                 raise ValueError(f"clip setting {name} is {value}; it must lie between {low} and {high}")
+        if self.preset not in _PRESETS:
+            raise ValueError(f"clip setting preset is {self.preset!r}; x264 has {', '.join(_PRESETS)}")
         if self.mode not in ("auto", "copy", "encode"):
             raise ValueError(f"clip setting mode is {self.mode!r}; it must be 'auto', 'copy' or 'encode'")
         if self.mode == "copy" and (self.height is not None or self.fps is not None):

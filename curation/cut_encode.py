@@ -1,7 +1,8 @@
 """A clip by one x264 pass: ffmpeg decodes from the key frame before the shot, picks exactly the planned frames, and may scale
 and change the frame rate on the way.
 
-ffmpeg runs in a process group of its own, under a limit on wall time, and the end of what it said goes into the error.
+ffmpeg runs in a process group of its own, under limits on wall time and memory, decodes nothing but the codecs that `media` and
+`AUDIO_DECODERS` list, and the end of what it said goes into the error.
 The same source, span, settings and ffmpeg give the same bytes.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from videofactory.curation.cut_plan import Plan
+from videofactory.curation.media import _DECODERS as VIDEO_DECODERS
 from videofactory.curation.media import MediaError
 
 _INDEXED = frozenset({"mov", "matroska"})
@@ -28,6 +31,30 @@ _INDEXED = frozenset({"mov", "matroska"})
 _STDERR_CHARACTERS = 2000
 _GRACE_SECONDS = 2.0
 """How long ffmpeg may take to end after it was asked to, before it is killed."""
+
+MEMORY_BYTES = 4 * 2**30
+"""Address space of ffmpeg with two threads. Decoding and encoding 3840x2160 with preset medium takes between 2 and 3 GiB."""
+
+_THREAD_MEMORY_BYTES = 256 * 2**20
+"""Address space for each further thread: its heap, and the frames that it holds."""
+
+_BLOCK_BYTES = 2**30
+"""The largest single block that ffmpeg may ask for; a frame of 16384x16384 takes 384 MiB."""
+
+AUDIO_DECODERS = (
+    *("aac", "aac_latm", "ac3", "eac3", "dca", "mp1", "mp1float", "mp2", "mp2float", "mp3", "mp3float", "truehd", "mlp"),
+    *("opus", "libopus", "vorbis", "libvorbis", "flac", "alac", "speex", "libspeex", "nellymoser", "amrnb", "amrwb", "dvaudio"),
+    *("wmav1", "wmav2", "wmapro", "wmalossless", "wmavoice", "adpcm_ms", "adpcm_ima_wav", "adpcm_ima_qt", "adpcm_swf", "s302m"),
+    *("pcm_s8", "pcm_u8", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_s32be", "pcm_f32le", "pcm_f32be"),
+    *("pcm_f64le", "pcm_f64be", "pcm_alaw", "pcm_mulaw", "pcm_dvd", "pcm_bluray"),
+)
+"""Audio codecs, by their decoders, that may be decoded where the sound is kept."""
+
+# The list that the message quotes may be all that is left of it.
+_NOT_USED = re.compile("not on whitelist|,pcm_bluray'$|,msmpeg4'$")
+"""What ffmpeg says of streams whose decoder it may not open; if the clip needs one of them, ffmpeg fails."""
+
+_OUT_OF_MEMORY = re.compile("Cannot allocate memory|Out of memory|malloc of size|bad_alloc", re.IGNORECASE)
 
 _BEFORE_KEY_FRAME = re.compile(
     "non-existing PPS|decode_slice_header error|no frame!|sps_id|Missing picture start code|Invalid frame dimensions"
@@ -108,8 +135,11 @@ def encode_span(plan: Plan, target: Path, encoding: Encoding, *, seconds: float,
             complained, so its pictures may be damaged.
     """
     command = encode_command(find_ffmpeg(), plan, target, encoding, seconds=seconds, seek=seek)
-    said = run_limited(command, seconds=seconds)
-    complaints = [line for line in said.splitlines() if not _BEFORE_KEY_FRAME.search(line)]
+    memory = MEMORY_BYTES + max(0, encoding.threads - 2) * _THREAD_MEMORY_BYTES
+    said = run_limited(command, seconds=seconds, memory_bytes=memory)
+    complaints = [line for line in said.splitlines() if not (_BEFORE_KEY_FRAME.search(line) or _NOT_USED.search(line))]
+    if any(_OUT_OF_MEMORY.search(line) for line in complaints):
+        raise MediaError("encode_failed", f"{plan.source.name}: ffmpeg used up its {memory / 2**20:.0f} MiB: {complaints[-1]}")
     if complaints:
         raise MediaError("decode_failed", f"{plan.source.name}: the decoder complains about the span: {complaints[-1]}")
 
@@ -121,17 +151,20 @@ def encode_command(executable: str, plan: Plan, target: Path, encoding: Encoding
     # Only the demuxer that was found is used, and only local files: a playlist posing as a video cannot make ffmpeg read others.
     given: dict[str, Any] = {"f": plan.format, "protocol_whitelist": "file", "threads": encoding.threads}
     position = _seek_position(plan)
+    sound = encoding.audio and plan.audio_codec is not None
+    given["codec_whitelist"] = ",".join([*(AUDIO_DECODERS if sound else ()), *VIDEO_DECODERS])
     if seek and position is not None:
         given |= {"ss": f"{position:.6f}", "seek_timestamp": 1, "noaccurate_seek": None}
     source = ffmpeg.input(f"file:{plan.source.resolve()}", **given)
     streams = [_video(source[str(plan.stream)], plan, encoding)]
-    sound = encoding.audio and plan.audio_codec is not None
     if sound:
         streams.append(_sound(source["a:0"], plan))
     command = ffmpeg.output(*streams, str(target), **_output_options(plan, encoding, sound)).compile(cmd=executable)
     # Timestamps stay the source's own up to the filters (-copyts). The limit on CPU time ends an ffmpeg whose parent was killed.
+    # With `repeat`, no complaint hides behind "Last message repeated".
     limit = str(max(1, round(seconds * (encoding.threads + 2))))
-    general = ["-nostdin", "-hide_banner", "-v", "error", "-y", "-copyts", "-filter_threads", "1", "-timelimit", limit]
+    general = ["-nostdin", "-hide_banner", "-v", "repeat+error", "-y", "-copyts", "-filter_threads", "1", "-timelimit", limit]
+    general += ["-max_alloc", str(_BLOCK_BYTES)]
     return [command[0], *general, *command[1:]]
 
 
@@ -206,8 +239,8 @@ def _output_options(plan: Plan, encoding: Encoding, sound: bool) -> dict[str, An
     return options
 
 
-def run_limited(command: list[str], *, seconds: float) -> str:
-    """Run `command` in a process group of its own and wait for it, at most `seconds` in all.
+def run_limited(command: list[str], *, seconds: float, memory_bytes: int = MEMORY_BYTES) -> str:
+    """Run `command` in a process group of its own, with `memory_bytes` of address space, and wait at most `seconds` for it.
 
     Returns:
         The end of what it wrote to its standard error.
@@ -217,12 +250,9 @@ def run_limited(command: list[str], *, seconds: float) -> str:
             nothing of its group is left).
     """
     tail: deque[str] = deque(maxlen=_STDERR_CHARACTERS)
-    # Linux can end a program with its parent, whatever ends that; setpriv (util-linux) asks for it and then becomes the program.
-    setpriv = shutil.which("setpriv")
-    prefix = [setpriv, "--pdeathsig", "KILL"] if setpriv is not None else []
     try:
         process = subprocess.Popen(
-            [*prefix, *command],
+            [*_confinement(memory_bytes), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -248,6 +278,18 @@ def run_limited(command: list[str], *, seconds: float) -> str:
     if code != 0:
         raise MediaError("encode_failed", f"{command[0]} ended with code {code}. {last}", retryable=False)
     return said
+
+
+def _confinement(memory_bytes: int) -> list[str]:
+    """The programs of util-linux, where they are there, that confine the program named after them and then become it."""
+    prefix = []
+    # Linux can end a program with its parent, whatever ends that.
+    if setpriv := shutil.which("setpriv"):
+        prefix += [setpriv, "--pdeathsig", "KILL"]
+    if prlimit := shutil.which("prlimit"):
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        prefix += [prlimit, f"--as={memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)}"]
+    return prefix
 
 
 def _drain(pipe: Any, tail: deque[str]) -> None:

@@ -6,7 +6,7 @@ Both models live in one process: the caption model costs far more than the embed
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from videofactory.shards.schema import CAPTION_SIMILARITY, STEPS, Step
@@ -43,7 +43,8 @@ class Describer:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Describe rows of `travelling_schema`; those without bytes (errors, rejected) pass through."""
         rows = [dict(row) for row in rows]
-        images = {number: _image(row) for number, row in enumerate(rows) if row.get("video") is not None}
+        waiting = [number for number, row in enumerate(rows) if row.get("video") is not None]
+        images = self._answered(rows, waiting, _image, [rows[number] for number in waiting], "caption_failed")
         if self._embedder is not None:
             self._embed(rows, images)
         if self._captioner is not None:
@@ -58,33 +59,40 @@ class Describer:
         import numpy as np
 
         assert self._embedder is not None
-        for number, vector in zip(images, self._embedder.embed_images(list(images.values())), strict=True):
+        vectors = self._answered(rows, list(images), self._embedder.embed_images, list(images.values()), "embed_failed")
+        for number, vector in vectors.items():
             rows[number]["embedding"] = vector.astype(np.float16)
+        _drop_failed(rows, images)
         self._judge(rows, images, "embed")
 
     def _caption(self, rows: list[dict[str, Any]], images: dict[int, Any]) -> None:
         assert self._captioner is not None
-        for number, caption in zip(images, self._written(list(images.values())), strict=True):
-            if isinstance(caption, Exception):
-                rows[number].update(error_class="caption_failed", error=f"the captioner failed on the middle frame: {caption}")
-            else:
-                rows[number]["caption"] = caption
-        images = {number: image for number, image in images.items() if rows[number].get("error_class") is None}
+        captions = self._answered(rows, list(images), self._captioner.caption, list(images.values()), "caption_failed")
+        for number, caption in captions.items():
+            rows[number]["caption"] = caption
         if self._embedder is not None:
-            texts = self._embedder.embed_texts([rows[number]["caption"] for number in images])
-            for number, text in zip(images, texts, strict=True):
+            texts = self._answered(rows, list(captions), self._embedder.embed_texts, list(captions.values()), "embed_failed")
+            for number, text in texts.items():
                 rows[number][CAPTION_SIMILARITY.name] = float(text @ rows[number]["embedding"].astype(text.dtype))
+        _drop_failed(rows, images)
         self._judge(rows, images, "caption")
 
-    def _written(self, images: list[Any]) -> list[str | Exception]:
-        """A caption per image; when the batch fails, each alone, so that one image cannot take others with it."""
-        assert self._captioner is not None
-        try:
-            return list(self._captioner.caption(images))
-        except Exception as error:  # noqa: BLE001 - a captioner of the user's may raise anything
-            if len(images) == 1:
-                return [error]
-        return [answer for image in images for answer in self._written([image])]
+    def _answered(
+        self,
+        rows: list[dict[str, Any]],
+        numbers: list[int],
+        model: Callable[[list[Any]], Iterable[Any]],
+        items: list[Any],
+        failure: str,
+    ) -> dict[int, Any]:
+        """What `model` says of each item, by row number; a row whose item it fails on gets an error of class `failure`."""
+        answers = {}
+        for number, answer in zip(numbers, _one_by_one(model, items), strict=True):
+            if isinstance(answer, Exception):
+                rows[number].update(error_class=failure, error=f"{type(answer).__name__}: {answer}")
+            else:
+                answers[number] = answer
+        return answers
 
     def _judge(self, rows: list[dict[str, Any]], images: dict[int, Any], step: Step) -> None:
         """Reject what the rules of `step` reject; the rejected leave `images`, so that no later model sees them."""
@@ -96,8 +104,28 @@ class Describer:
                 del images[number]
 
 
-def _image(row: Mapping[str, Any]) -> Any:
-    """The middle frame, which was encoded by us when the clip was cut."""
+def _one_by_one(model: Callable[[list[Any]], Iterable[Any]], items: list[Any]) -> list[Any]:
+    """One answer per item; when a batch fails, each item alone, so that one cannot take others with it."""
+    if not items:
+        return []
+    try:
+        answers = list(model(items))
+        if len(answers) != len(items):
+            raise ValueError(f"{len(answers)} answers for {len(items)} clips")
+        return answers
+    except Exception as error:  # noqa: BLE001 - a model of the user's may raise anything
+        if len(items) == 1:
+            return [error]
+    return [answer for item in items for answer in _one_by_one(model, [item])]
+
+
+def _drop_failed(rows: Sequence[Mapping[str, Any]], images: dict[int, Any]) -> None:
+    for number in [number for number in images if rows[number].get("error_class") is not None]:
+        del images[number]
+
+
+def _image(rows: list[dict[str, Any]]) -> list[Any]:
+    """The middle frames, which were encoded by us when the clips were cut."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(row["middle_frame"])).convert("RGB")
+    return [Image.open(io.BytesIO(row["middle_frame"])).convert("RGB") for row in rows]

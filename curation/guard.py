@@ -33,7 +33,9 @@ ERRORS: dict[str, tuple[bool, str]] = {
     "decoder_crashed": (False, "the decoding process died"),
     "decoder_timeout": (True, "the decoding process used up its time"),
     "decoder_memory": (False, "the decoding process used up its memory"),
+    "analysis_failed": (False, "the analysis raised an error that is nobody's fault in particular; the message quotes it"),
     # Cutting a clip.
+    "cut_failed": (False, "cutting raised an error that is nobody's fault in particular; the message quotes it"),
     "bad_span": (False, "the span to cut is empty or runs backwards"),
     "empty_span": (False, "the source has no frame inside the span"),
     "not_copyable": (False, "mode `copy` was asked for, and the span cannot be copied safely"),
@@ -46,7 +48,8 @@ ERRORS: dict[str, tuple[bool, str]] = {
     "unsupported_address": (False, "an address of a kind that cannot be fetched"),
     "fetch_failed": (True, "the object store or the network did not deliver"),
     # Describing a clip, and the pipeline itself.
-    "caption_failed": (False, "the captioner raised an error on the clip's middle frame"),
+    "embed_failed": (True, "the embedding model raised an error on the clip's middle frame or caption"),
+    "caption_failed": (True, "the captioner raised an error on the clip's middle frame"),
     "worker_died": (True, "worker after worker died over the source, outside the guarded decoder"),
     "incomplete": (True, "two rounds of the pipeline did not finish it"),
 }

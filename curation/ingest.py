@@ -30,6 +30,10 @@ from .signals import columns as signal_columns
 from .sources import local_path
 
 ATTEMPTS = "index/attempts"
+
+CARRIED = ("source_id", "uri", "attempt", "title", "uploader", "license", "upload_date", "webpage_url", "extra")
+"""Columns of `sources` that are known before a source is opened."""
+
 _COPY_BLOCK = 8 << 20
 
 
@@ -112,16 +116,17 @@ class Ingest:
 
     def _record(self, source: Mapping[str, Any], fetch: _Fetch) -> list[dict[str, Any]]:
         """Analyse, judge, commit; returns the candidates that every rule so far keeps."""
-        row = {name: source.get(name) for name in ("source_id", "uri", "extra", "attempt")}
+        row = {name: source.get(name) for name in CARRIED}
         schema = source_schema([column.name for column in signal_columns()])
         try:
             path = fetch()
             analysis = analyse_guarded(path, self.analysis, self._guard(), seconds=self.decode_seconds)
-        except MediaError as error:
+            candidates = candidate_rows(source["source_id"], analysis, self.rules, self.steps)
+        except Exception as caught:  # noqa: BLE001 - whatever one file brings about costs one row, never the run
+            error = _as_media_error(caught, "analysis_failed", source["uri"])
             failed = {"status": "failed", "error_class": error.error_class, "error": str(error), "retryable": error.retryable}
             put_record(self.storage, self.run, {**row, **failed}, [], schema)
             return []
-        candidates = candidate_rows(source["source_id"], analysis, self.rules, self.steps)
         split = split_of(source["source_id"], self.val, self.test)
         candidates = [{**row, "split": split} for row in candidates]
         probe = analysis.probe
@@ -146,7 +151,8 @@ class Ingest:
         """The candidate `row` as a clip with its bytes, or with the error that kept it from becoming one."""
         try:
             clip = cut(fetch(), row["start"], row["end"], self.clips, seconds=self.cut_seconds, guard=self._guard())
-        except MediaError as error:
+        except Exception as caught:  # noqa: BLE001 - as for the analysis
+            error = _as_media_error(caught, "cut_failed", row["clip_id"])
             return {**row, "error_class": error.error_class, "error": str(error)}
         finished = {
             **row,
@@ -173,7 +179,7 @@ class Ingest:
             "look for the kernel's out-of-memory messages, or try again with --retry worker_died",
         }
         if pending is None:
-            row = {name: source.get(name) for name in ("source_id", "uri", "extra", "attempt")}
+            row = {name: source.get(name) for name in CARRIED}
             schema = source_schema([column.name for column in signal_columns()])
             put_record(self.storage, self.run, {**row, **error, "status": "failed", "retryable": True}, [], schema)
             return
@@ -214,8 +220,12 @@ class _Fetch:
         path = local_path(self._uri)
         if path is None:
             return self._download()
-        if not path.exists():
-            raise MediaError("not_found", f"{path.name} does not exist (any more)", retryable=True)
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise MediaError("not_found", f"{path.name} does not exist (any more)", retryable=True) from None
+        except OSError as error:
+            raise MediaError("unreadable", f"{path.name} cannot be read: {error.strerror}") from None
         return path
 
     def _checked(self, path: Path) -> Path:
@@ -233,6 +243,8 @@ class _Fetch:
 
     def _download(self) -> Path:
         """Copy an object of an object store next to the decoder."""
+        if self._uri.startswith("invalid:"):
+            raise MediaError("unsupported_address", f"{self._uri.removeprefix('invalid:')} is no address")
         try:
             filesystem, remote = fs.FileSystem.from_uri(self._uri)
         except (OSError, ValueError, pa.ArrowException):
@@ -289,6 +301,12 @@ def judge(rows: Sequence[Mapping[str, Any]], rules: Mapping[str, str], steps: tu
     schema = clip_schema(names)
     table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
     return rules_of(tuple(rules.items()), steps).judge(table, [step])
+
+
+def _as_media_error(error: Exception, error_class: str, what: str) -> MediaError:
+    if isinstance(error, MediaError):
+        return error
+    return MediaError(error_class, f"{what}: {type(error).__name__}: {error}")
 
 
 def _sha256(path: Path) -> str:

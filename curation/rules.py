@@ -61,6 +61,14 @@ class Rules:
         }
         self._schema = clip_schema([name for name in self._known if name not in _CORE])
         self._connection = duckdb.connect(config={"enable_external_access": "false", "threads": "1"})
+        # The square root of a negative number is an error, not a NaN that compares greater than everything.
+        self._connection.execute("set ieee_floating_point_ops = false")
+        self._volatile = {
+            name
+            for (name,) in self._connection.execute(
+                "select distinct function_name from duckdb_functions() where stability <> 'CONSISTENT'"
+            ).fetchall()
+        }
         self._steps = set(steps)
         parsed = [self._parse(name, sql) for name, sql in rules.items()]
         # A stable sort: within a step the recipe's order counts.
@@ -79,6 +87,10 @@ class Rules:
         for kind in ("SUBQUERY", "WINDOW", "STAR", "LAMBDA", "PARAMETER"):
             if any(node["class"] == kind for node in nodes):
                 raise RuleError(f"rule {name!r} must be a condition on one row's columns, without {kind.lower()}s (in: {sql})")
+        if changing := {str(node.get("function_name")) for node in nodes} & self._volatile:
+            raise RuleError(
+                f"rule {name!r} must give the same answer every time, and {', '.join(sorted(changing))} does not (in: {sql})"
+            )
         columns = tuple(dict.fromkeys(node["column_names"][-1].lower() for node in nodes if node["class"] == "COLUMN_REF"))
         for column in columns:
             self._check_column(name, column)
@@ -141,7 +153,8 @@ def _ordinary(kind: pa.DataType) -> Any:
 
 def _branches(rule: Rule) -> list[str]:
     """The rule as branches of a SQL `case`: unmeasured columns first, then the rule's own name."""
-    condition = f"(\n{rule.sql}\n)"
+    # A value that the condition cannot digest (a cast, an overflow) makes it NULL: it does not hold.
+    condition = f"try((\n{rule.sql}\n))"
     unmeasured = [f"when {condition} is null and \"{column}\" is null then 'unmeasured:{column}'" for column in rule.columns]
     quoted = rule.name.replace("'", "''")
     return [*unmeasured, f"when {condition} is not true then '{quoted}'"]

@@ -34,6 +34,16 @@ class ShotSettings:
     min_content: float = 15.0
     min_shot_seconds: float = 0.6
 
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("adaptive_threshold", self.adaptive_threshold, 0.0, 1000.0),
+            ("window", self.window, 1, 100),
+            ("min_content", self.min_content, 0.0, 255.0),
+            ("min_shot_seconds", self.min_shot_seconds, 0.0, 3600.0),
+        ):
+            if not low <= value <= high:  # also false for NaN
+                raise ValueError(f"analysis setting {name} is {value}; it must lie between {low} and {high}")
+
 
 def make_detector(settings: ShotSettings) -> Any:
     """PySceneDetect's detector for `settings`, with its own score: the reference against which ours is tested."""

@@ -6,6 +6,8 @@ running the same command again therefore ends in the same dataset.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import logging
 from collections import defaultdict
@@ -18,14 +20,17 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from videofactory.curation.ingest import ATTEMPTS, rules_of
+from videofactory.curation.caption import find_captioner
+from videofactory.curation.guard import ERRORS
+from videofactory.curation.ingest import ATTEMPTS, CARRIED, rules_of
 from videofactory.curation.sources import local_path
 from videofactory.curation.weights import check_weights, made_for
+from videofactory.shards.clean import clean
 from videofactory.shards.index import Index, add_sources, amend_clips, shard_list
 from videofactory.shards.lease import Lease
-from videofactory.shards.schema import STEPS, clip_schema, conform, source_schema
+from videofactory.shards.schema import clip_schema, conform, source_schema
 from videofactory.shards.storage import Storage
-from videofactory.shards.writer import put_record
+from videofactory.shards.writer import SOURCES, put_record
 
 from .plan import Plan, caption_model, model_path, run_plainly
 from .recipe import Recipe, RecipeError, changed_content, dump_recipe, parse_recipe
@@ -79,22 +84,32 @@ def build(
         GraphError: a step failed; what was committed stays, and the same call goes on.
     """
     check(recipe, sources, force)
+    check_retry(retry := tuple(retry))
     storage = Storage(out)
     with Lease(storage) as lease:
-        recipe = settle_recipe(storage, recipe)
+        refuse_mixture(storage, recipe)
+        clean(storage, Index(storage), lease.run)
+        storage.put(_RECIPE, dump_recipe(recipe).encode())
         plan = Plan(recipe, storage, lease.run)
-        outlook = prepare(plan, sources, tuple(retry))
+        outlook = prepare(plan, sources, retry)
         with (watch or _unwatched)(storage, outlook):
             if outlook.todo:
                 _run(plan, plainly)
         index = Index(storage)
         finish(index, recipe)
+        for entry in storage.list(ATTEMPTS):  # of this run and of dead ones
+            storage.delete(entry.name)
         return index
 
 
 def check(recipe: Recipe, sources: Sequence[dict[str, Any]], force: bool = False) -> None:
     """Everything that can be known to fail before any work: rules, weights, models that are not for these videos."""
     rules_of(tuple(recipe.rules.items()), recipe.steps)
+    if recipe.caption:
+        try:
+            inspect.signature(find_captioner(recipe.caption.captioner)).bind(**recipe.caption.options)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"caption: {error} (captioner {recipe.caption.captioner!r})") from None
     models = []
     if recipe.embed:
         check_weights(model_path(recipe.embed.model), recipe.embed.pretrained)
@@ -111,32 +126,51 @@ def check(recipe: Recipe, sources: Sequence[dict[str, Any]], force: bool = False
             )
 
 
-def settle_recipe(storage: Storage, recipe: Recipe) -> Recipe:
-    """Store the recipe with the dataset; refuse when it would mix two kinds of data.
+def check_retry(retry: tuple[str, ...]) -> None:
+    """Refuse an error class that does not exist, naming the nearest."""
+    for name in retry:
+        if name not in ERRORS and name != "all":
+            near = difflib.get_close_matches(name, ERRORS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: all, {', '.join(ERRORS)}"
+            raise RecipeError(f"--retry {name!r} is no error class; {hint}")
+
+
+def refuse_mixture(storage: Storage, recipe: Recipe) -> None:
+    """Refuse a recipe that would put two kinds of data into one dataset.
 
     Raises:
-        RecipeError: a content key differs from the one the dataset was begun with.
+        RecipeError: a content key differs from the one with which the first source was analysed.
     """
-    if storage.exists(_RECIPE):
-        stored = parse_recipe(yaml.safe_load(storage.get(_RECIPE)), f"{storage.uri}/{_RECIPE}")
-        if differing := changed_content(stored, recipe):
-            lines = [f"  {key}: {before!r} in the dataset, {after!r} now" for key, before, after in differing]
-            raise RecipeError(
-                f"{storage.uri} was begun with other settings, and one dataset cannot hold both:\n"
-                + "\n".join(lines)
-                + "\nRules and execution settings may change; for these, build into another folder, or set them back."
-            )
-    storage.put(_RECIPE, dump_recipe(recipe).encode())
-    return recipe
+    begun = any(not entry.name.endswith("-inputs.parquet") for entry in storage.list(SOURCES, ".parquet"))
+    if not begun or not storage.exists(_RECIPE):
+        return
+    stored = parse_recipe(yaml.safe_load(storage.get(_RECIPE)), f"{storage.uri}/{_RECIPE}")
+    if differing := changed_content(stored, recipe):
+        lines = [f"  {key}: {before!r} in the dataset, {after!r} now" for key, before, after in differing]
+        raise RecipeError(
+            f"{storage.uri} was begun with other settings, and one dataset cannot hold both:\n"
+            + "\n".join(lines)
+            + "\nRules and execution settings may change; for these, build into another folder, or set them back."
+        )
 
 
-def outlook(recipe: Recipe, sources: Sequence[dict[str, Any]], storage: Storage) -> Outlook:
-    """What `build` would do, without doing it."""
+def outlook(recipe: Recipe, sources: Sequence[dict[str, Any]], storage: Storage, retry: tuple[str, ...] = ()) -> Outlook:
+    """What `build` would do, without doing it.
+
+    Raises:
+        RecipeError: `build` would refuse.
+    """
+    refuse_mixture(storage, recipe)
     index = Index(storage)
     known = set(index.sources()["source_id"].to_pylist())
     new = sum(row["source_id"] not in known for row in sources)
-    changed = rejudged(index, Plan(recipe, storage, ""))
-    waiting = {row["source_id"] for row in index.incomplete().to_pylist()}
+    changed = rejudged(index, Plan(recipe, storage, ""), retry)
+    waiting = {
+        row["source_id"]
+        for row in index.query("select * from sources where status = 'failed'").to_pylist()
+        if _wanted(row, retry)
+    }
+    waiting |= {row["source_id"] for row in index.incomplete().to_pylist()}
     waiting |= {row["source_id"] for row in changed.to_pylist() if row["rejected_by"] is None and row["shard"] is None}
     return Outlook(len(known) + new, new, len(waiting) + new, len(changed))
 
@@ -148,7 +182,7 @@ def prepare(plan: Plan, sources: Sequence[dict[str, Any]], retry: tuple[str, ...
     known = set(index.sources()["source_id"].to_pylist())
     new = [row for row in sources if row["source_id"] not in known]
     again = [row for row in index.query("select * from sources where status = 'failed'").to_pylist() if _wanted(row, retry)]
-    renewed = [{name: row[name] for name in ("source_id", "uri", "extra", "attempt")} for row in again]
+    renewed = [{name: row[name] for name in CARRIED} for row in again]
     # A source that failed waits again under its next attempt's number.
     add_sources(storage, run, [*new, *({**row, "attempt": row["attempt"] + 1} for row in renewed)])
     changed = rejudged(index, plan, retry)
@@ -168,10 +202,15 @@ def rejudged(index: Index, plan: Plan, retry: tuple[str, ...] = ()) -> pa.Table:
     candidates = {row["clip_id"]: row for row in index.candidates().to_pylist()}
     schema = clip_schema(plan.signals)
     first = conform(pa.Table.from_pylist([candidates.get(row["clip_id"], row) for row in rows], schema=schema), schema)
-    later = conform(pa.Table.from_pylist(rows, schema=schema), schema)
+    final = conform(pa.Table.from_pylist(rows, schema=schema), schema)
+    verdicts = zip(
+        rules.judge(first, ["analyse"]), rules.judge(final, ["cut"]), rules.judge(final, ["embed", "caption"]), strict=True
+    )
     changed = []
-    for row, early, late in zip(rows, rules.judge(first, ["analyse"]), rules.judge(later, STEPS[1:]), strict=True):
-        verdict = early or (late if row["sha256"] is not None else None)
+    for row, (analysed, cut, described) in zip(rows, verdicts, strict=True):
+        # Only what a step has measured may be judged by its rules: a clip that failed or was rejected on the way has no caption.
+        was_cut, was_described = row["sha256"] is not None, row["shard"] is not None or row["caption"] is not None
+        verdict = analysed or (cut if was_cut else None) or (described if was_described else None)
         failed = row["error_class"] is not None
         if failed and not (verdict or _wanted(row, retry)):
             continue
@@ -220,7 +259,7 @@ def give_up(plan: Plan) -> None:
     lost = []
     for row in todo(index):
         if row["candidates"] is None:
-            failed = {name: row[name] for name in ("source_id", "uri", "extra", "attempt")}
+            failed = {name: row[name] for name in CARRIED}
             failed.update(error, status="failed", retryable=True)
             put_record(plan.storage, plan.run, failed, [], source_schema(plan.signals))
         else:
@@ -229,14 +268,12 @@ def give_up(plan: Plan) -> None:
 
 
 def finish(index: Index, recipe: Recipe) -> None:
-    """Derive from the index what is for readers: the shard list, the card and the report; drop the marks of attempts."""
+    """Derive from the index what is for readers: the shard list, the card and the report."""
     from .report import write_report
 
     storage = index.storage
     storage.put("shards.json", json.dumps(shard_list(index, recipe.name), indent=1).encode())
     write_report(storage, recipe)
-    for entry in storage.list(ATTEMPTS):
-        storage.delete(entry.name)
 
 
 def _first_stranger(sources: Sequence[dict[str, Any]]) -> str | None:

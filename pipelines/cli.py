@@ -115,8 +115,9 @@ def build(
     from videofactory.curation.rules import RuleError
     from videofactory.curation.sources import SourcesError, find_sources
     from videofactory.curation.weights import WeightsNotFound
+    from videofactory.shards.index import IndexDamagedError
     from videofactory.shards.lease import DatasetBusyError, StaleRunError
-    from videofactory.shards.storage import Storage
+    from videofactory.shards.storage import Storage, StorageError
 
     from . import build as building
     from .recipe import RecipeError, load_recipe
@@ -131,12 +132,13 @@ def build(
         rows = find_sources(named)[:limit]
         if dry_run:
             building.check(chosen, rows, force)
-            _print_outlook(building.outlook(chosen, rows, Storage(out_dir)), chosen)
+            building.check_retry(tuple(retry or ()))
+            _print_outlook(building.outlook(chosen, rows, Storage(out_dir), tuple(retry or ())), chosen)
             return
         index = _guarded_build(partial(building.build, chosen, rows, out_dir, retry=retry or (), force=force))
-    except (RecipeError, RuleError, SourcesError, WeightsNotFound, DatasetBusyError) as error:
+    except (RecipeError, RuleError, SourcesError, WeightsNotFound, DatasetBusyError, StorageError) as error:
         _stop(error)
-    except StaleRunError as error:
+    except (StaleRunError, IndexDamagedError) as error:
         _stop(error, 1)
     _print_funnel(index, chosen)
     _print_where(out_dir)
@@ -262,7 +264,8 @@ def _print_shots(rows: list[dict[str, Any]]) -> None:
         table.add_column("rejected by", no_wrap=True)
         for row in shots:
             table.add_row(*(_cell(row[name]) for name in columns), _escape(row["rejected_by"] or ""))
-        out.print(table)
+        # A narrow terminal wraps lines, a pipe has no width: neither is a reason to cut numbers off.
+        out.print(table, width=max(out.width, 110), soft_wrap=True, crop=False)
 
 
 def _cell(value: float | None) -> str:
@@ -277,11 +280,12 @@ def verify(
     ] = False,
 ) -> None:
     """Check every promise a dataset makes; exit code 1 when one is broken, with each named."""
+    from videofactory.shards.storage import StorageError
     from videofactory.shards.verify import verify as check
 
     try:
         report = check(dataset, fast=fast)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, StorageError) as error:
         _stop(error)
     for promise, identity, found in report.broken:
         out.print(f"[red]broken[/red] {_escape(promise)}: {_escape(identity)} ({_escape(found)})", soft_wrap=True)
@@ -317,7 +321,13 @@ def report(dataset: Dataset) -> None:
 
 
 def _opened(dataset: str, index: Any) -> Any:
-    found = index(dataset)
+    from videofactory.shards.index import IndexDamagedError
+    from videofactory.shards.storage import StorageError
+
+    try:
+        found = index(dataset)
+    except (StorageError, IndexDamagedError) as error:
+        _stop(error)
     if not len(found.sources()):
         _stop(f"{dataset} holds no dataset; build one with `videofactory build`")
     return found

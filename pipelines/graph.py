@@ -10,7 +10,8 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +170,7 @@ def run_graph(plan: Plan, planned: Resources, todo: Sequence[dict[str, Any]]) ->
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is in the exception, too
 
     schema = pa.schema([*CORE_SOURCE_FIELDS, pa.field("candidates", pa.list_(pa.struct(list(clip_schema(plan.signals)))))])
     # One table, hence one block and one task, per source.
@@ -193,9 +194,28 @@ def run_graph(plan: Plan, planned: Resources, todo: Sequence[dict[str, Any]]) ->
             num_gpus=1 if planned.gpus else 0,
         )
     try:
-        dataset.write_datasink(ShardSink(plan, planned.bundle), ray_remote_args={"num_cpus": _WRITE_CPUS})
+        sink = ShardSink(plan, planned.bundle)
+        _interruptible(lambda: dataset.write_datasink(sink, ray_remote_args={"num_cpus": _WRITE_CPUS}))
     except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise GraphError(_explain(error, context.execution_no_progress_timeout_s)) from error
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Do `work` on a thread of its own, so that Ctrl-C always reaches this one: inside Ray it may be swallowed."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failures:
+        raise failures[0]
 
 
 def ingest(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
@@ -221,7 +241,8 @@ class Describe:
 
 def _explain(error: BaseException, timeout: float) -> str:
     name = type(error).__name__
-    text = " ".join(str(getattr(error, "cause", None) or error).split())
+    cause = getattr(error, "cause", None)
+    text = " ".join((f"{type(cause).__name__}: {cause}" if cause else str(error)).split())
     if "Timeout" in name:
         return f"nothing moved for {timeout:g} s, so the build was stopped: {text}"
     return f"a step failed ({name}): {text[-1500:]}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from videofactory.curation.analysis import AnalysisSettings
 from videofactory.curation.caption import DEFAULT_CAPTIONER
@@ -53,6 +53,12 @@ class SplitSettings(_Settings):
 
     val: float = Field(0.0, ge=0, le=1, description="fraction of sources for validation")
     test: float = Field(0.0, ge=0, le=1, description="fraction of sources for test")
+
+    @model_validator(mode="after")
+    def _leave_some_for_training(self) -> SplitSettings:
+        if self.val + self.test > 1:
+            raise ValueError(f"val {self.val} and test {self.test} are more than everything")
+        return self
 
 
 class ExecutionSettings(_Settings):

@@ -7,7 +7,8 @@ of the same id. This module is the one place that knows it: it offers `sources` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import duckdb
@@ -52,61 +53,103 @@ create or replace view sources as
     left join (select source_id, count(*) as pending from clips where state = 'pending' group by 1) p using (source_id)
 """
 
+_REQUIRED = {SOURCES: {"source_id", "uri", "attempt", "status"}, CLIPS: {"clip_id", "source_id"}, EMBEDDINGS: {"clip_id"}}
+
+# So many parts become one chunk: enough that a chunk costs nothing, few enough that its columns stay below 2 GiB.
+_CHUNK = 4096
+
+
+class IndexDamagedError(Exception):
+    """A part of the index cannot be read.
+
+    Attributes:
+        part: its name below the dataset's root.
+        reason: what was found.
+    """
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(part, reason)
+        self.part = part
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.part} cannot be read: {self.reason}; `videofactory verify` names everything that is damaged. Put the file "
+            "back from a copy, or delete it: the same build command then does again what only this part recorded"
+        )
+
 
 class Index:
     """The tables of a dataset as they stand now; `refresh` reads what was committed since.
 
     Args:
         storage: the dataset, or its path or URI.
+        skip_damaged: leave out parts that cannot be read and name them in `damaged`; only for looking, never to build on.
+
+    Attributes:
+        damaged: why each part that was left out cannot be read, by its name.
+
+    Raises:
+        IndexDamagedError: a part cannot be read.
 
     Views for `query`: `sources` (core columns; `status` is done, failed or pending), `clips` (core and signal columns, and
     `state`: kept, rejected, failed or pending).
     """
 
-    def __init__(self, storage: Storage | str) -> None:
+    def __init__(self, storage: Storage | str, skip_damaged: bool = False) -> None:
         self.storage = storage if isinstance(storage, Storage) else Storage(storage)
-        self._parts: dict[str, pa.Table] = {}
+        self.damaged: dict[str, str] = {}
+        self._skip_damaged = skip_damaged
+        self._names: set[str] = set()
+        self._tables: dict[str, list[pa.Table]] = {SOURCES: [], CLIPS: []}
         self._connection = duckdb.connect(config={"enable_external_access": "false"})
         self.refresh()
 
     def refresh(self) -> None:
         """Read the parts committed since the last look; parts never change once written, except by an equal attempt."""
-        for folder in (SOURCES, CLIPS):
-            for entry in self.storage.list(folder, ".parquet"):
-                if entry.name not in self._parts:
-                    self._parts[entry.name] = self._read(entry.name)
+        for folder, tables in self._tables.items():
+            names = [entry.name for entry in self.storage.list(folder, ".parquet")]
+            new = [name for name in names if name not in self._names and name not in self.damaged]
+            read = list(self._readable(new))
+            tables += _merged(read)
+            self._names.update(name for name, _ in read)
         signals = self.signals
         self._register("source_parts", SOURCES, source_schema(signals))
         self._register("clip_parts", CLIPS, clip_schema(signals))
         for view in (_SOURCES_VIEW, _CLIPS_VIEW, _SOURCES_PUBLIC):
             self._connection.execute(view)
 
-    def _read(self, name: str) -> pa.Table:
-        with self.storage.open(name) as file:
-            return pq.read_table(file).replace_schema_metadata(None)
+    def _readable(self, names: Iterable[str]) -> Iterator[tuple[str, pa.Table]]:
+        for name in names:
+            try:
+                table = _read(self.storage, name)
+            except (pa.ArrowException, ValueError, OSError) as error:
+                self._note_damage(name, error)
+            else:
+                yield name, table
+
+    def _note_damage(self, name: str, error: Exception) -> None:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if not self._skip_damaged:
+            raise IndexDamagedError(name, reason) from error
+        self.damaged[name] = reason
 
     def _register(self, view: str, folder: str, schema: pa.Schema) -> None:
         named = schema.append(pa.field("part", pa.string()))
-        tables = [
-            conform(table, schema).append_column("part", pa.array([name.rsplit("/", 1)[-1]] * len(table), pa.string()))
-            for name, table in sorted(self._parts.items())
-            if name.startswith(folder + "/")
-        ]
+        tables = [conform(table, named) for table in self._tables[folder]]
         self._connection.register(view, pa.concat_tables(tables) if tables else named.empty_table())
 
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of the signal columns that the parts hold."""
-        core = {field.name for field in CORE_CLIP_FIELDS}
+        core = {"part", *(field.name for field in CORE_CLIP_FIELDS)}
         found: dict[str, None] = {}
-        for name, table in self._parts.items():
-            if name.startswith(CLIPS + "/"):
-                names = table.schema.names
-            elif "candidates" in table.schema.names:
+        for table in self._tables[SOURCES]:
+            if "candidates" in table.schema.names:
                 names = [field.name for field in table.schema.field("candidates").type.value_type]
-            else:
-                continue
-            found.update(dict.fromkeys(column for column in names if column not in core))
+                found.update(dict.fromkeys(name for name in names if name not in core))
+        for table in self._tables[CLIPS]:
+            found.update(dict.fromkeys(name for name in table.schema.names if name not in core))
         return tuple(found)
 
     def query(self, sql: str, parameters: Iterable[Any] | None = None) -> pa.Table:
@@ -128,7 +171,8 @@ class Index:
     def pending_clips(self) -> pa.Table:
         """The clips that passed every rule so far and have no final row, as rows of `clips`, by source and time."""
         return conform(
-            self.query("select * from clips where state = 'pending' order by source_id, start, clip_id"), clip_schema(self.signals)
+            self.query("select * from clips where state = 'pending' order by source_id, start, clip_id"),
+            clip_schema(self.signals),
         )
 
     def candidates(self) -> pa.Table:
@@ -138,7 +182,7 @@ class Index:
 
     def embeddings(self) -> pa.Table:
         """Image embeddings of the kept clips: `clip_id`, `embedding` (float16, unit norm), one row per clip."""
-        tables = [self._read(entry.name) for entry in self.storage.list(EMBEDDINGS, ".parquet")]
+        tables = [table for _, table in self._readable(entry.name for entry in self.storage.list(EMBEDDINGS, ".parquet"))]
         if not tables:
             return pa.table({"clip_id": pa.array([], pa.string()), "embedding": pa.array([], pa.list_(pa.float16()))})
         joined = pa.concat_tables(tables)
@@ -149,28 +193,72 @@ class Index:
     def shards(self) -> list[dict[str, Any]]:
         """The committed shards, as `wids-shard-index-v1` describes them (`url` below the dataset's root)."""
         found = []
-        for name in sorted(self._parts):
-            part = name.removeprefix(CLIPS + "/").removesuffix(".parquet")
-            summary = read_summary(self.storage, part) if name.startswith(CLIPS + "/") else None
+        for name in self._clip_parts():
+            try:
+                summary = read_summary(self.storage, name.removeprefix(CLIPS + "/").removesuffix(".parquet"))
+            except (pa.ArrowException, ValueError, TypeError, OSError) as error:
+                self._note_damage(name, error)
+                continue
             if summary and summary.shard:
-                found.append(
-                    {
-                        "url": summary.shard,
-                        "nsamples": summary.nsamples,
-                        "filesize": summary.filesize,
-                        "md5sum": summary.md5sum,
-                    }
-                )
+                described = {"nsamples": summary.nsamples, "filesize": summary.filesize, "md5sum": summary.md5sum}
+                found.append({"url": summary.shard, **described})
         return found
+
+    def _clip_parts(self) -> list[str]:
+        return sorted(name for name in self._names if name.startswith(CLIPS + "/"))
 
     def models(self) -> dict[str, str]:
         """Which model made which column, over all parts; differing answers are joined by ` | `."""
         answers: dict[str, dict[str, None]] = {}
-        for name in sorted(self._parts):
-            if name.startswith(CLIPS + "/"):
-                for column, model in read_models(self.storage, name.removeprefix(CLIPS + "/").removesuffix(".parquet")).items():
-                    answers.setdefault(column, {})[model] = None
+        for name in self._clip_parts():
+            for column, model in read_models(self.storage, name.removeprefix(CLIPS + "/").removesuffix(".parquet")).items():
+                answers.setdefault(column, {})[model] = None
         return {column: " | ".join(models) for column, models in answers.items()}
+
+
+def _read(storage: Storage, name: str) -> pa.Table:
+    """One part, without its metadata; every error that a damaged file can cause is one of Arrow's, a ValueError or an OSError."""
+    with storage.open(name) as file:
+        table = pq.ParquetFile(file).read().replace_schema_metadata(None)
+    table.validate(full=True)  # text that is no UTF-8 would fail later, far from its cause
+    if missing := _REQUIRED[name.rpartition("/")[0]] - set(table.schema.names):
+        raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")
+    return table
+
+
+def _merged(parts: Iterable[tuple[str, pa.Table]]) -> list[pa.Table]:
+    """Parts of equal schema as one table of one chunk, with the column `part`: work per column and chunk is done once for all."""
+    groups: list[tuple[list[str], list[pa.Table]]] = []
+    for name, table in parts:
+        alike = (group for group in groups if len(group[0]) < _CHUNK and group[1][0].schema.equals(table.schema))
+        names, tables = next(alike, ([], []))
+        if not names:
+            groups.append((names, tables))
+        names.append(name.rpartition("/")[2])
+        tables.append(table)
+    merged = []
+    for names, tables in groups:
+        lengths = zip(names, map(len, tables), strict=True)
+        column = pa.chunked_array([pa.repeat(name, length) for name, length in lengths], pa.string())
+        merged.append(pa.concat_tables(tables).append_column("part", column).combine_chunks())
+    return merged
+
+
+def listed_shards(storage: Storage) -> list[dict[str, Any]]:
+    """What `shards.json` lists; nothing when it is not there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not storage.exists("shards.json"):
+        return []
+    try:
+        shards = list(json.loads(storage.get("shards.json"))["shardlist"])
+        for shard in shards:
+            str(shard["url"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no shard list: {error!r}") from error
+    return shards
 
 
 def add_sources(storage: Storage, run: str, rows: list[Mapping[str, Any]]) -> None:

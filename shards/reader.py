@@ -13,9 +13,11 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -54,19 +56,37 @@ class Decode:
         Raises:
             ValueError: the clip has no frame.
         """
+        times = _shown_times(video)
+        images, seen = self._chosen(video, times)
+        if seen and [seen[0], seen[-1]] != [*times[:1], *times[-1:]]:
+            # The packets promised another beginning or end than the decoder delivers: believe the decoder.
+            images, seen = self._chosen(video, seen)
+        if not seen:
+            raise ValueError(f"a clip of {len(video)} bytes has no frame")
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+    def _chosen(self, video: bytes, times: list[float]) -> tuple[list[np.ndarray], list[float]]:
+        """The last frame at or before each instant, scaled, and the times of all frames; one decoded frame is held at a time."""
         import av
 
+        instants = self._instants(times)
+        images: list[np.ndarray] = []
+        seen: list[float] = []
+        before: Any = None
         with av.open(io.BytesIO(video)) as container:
-            decoded = [(frame.time or 0.0, frame) for frame in container.decode(video=0)]
-        if not decoded:
-            raise ValueError(f"a clip of {len(video)} bytes has no frame")
-        times = np.array([time for time, _ in decoded])
-        chosen = np.searchsorted(times, self._instants(times), side="right") - 1
-        images = {place: self._scaled(decoded[place][1]) for place in sorted({int(place) for place in chosen.clip(0)})}
-        return torch.from_numpy(np.stack([images[int(place)] for place in chosen.clip(0)])).permute(0, 3, 1, 2).contiguous()
+            for frame in container.decode(video=0):
+                seen.append(frame.time or 0.0)
+                reached = int(np.searchsorted(instants, seen[-1], side="left")) - len(images)
+                if reached > 0 and len(seen) > 1:
+                    images += [self._scaled(before)] * reached
+                before = frame
+        if before is not None:
+            images += [self._scaled(before)] * (len(instants) - len(images))
+        return images, seen
 
-    def _instants(self, times: np.ndarray) -> np.ndarray:
-        first, last = float(times[0]), float(times[-1])
+    def _instants(self, times: list[float]) -> np.ndarray:
+        """The instants to show, in seconds, rising, for a clip whose frames are shown at `times`."""
+        first, last = (times[0], times[-1]) if times else (0.0, 0.0)
         if self.fps is None:
             return np.linspace(first, last, self.frames)
         begin = max(first, (first + last) / 2 - (self.frames - 1) / self.fps / 2)
@@ -83,6 +103,15 @@ class Decode:
         ).to_ndarray()
         top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
         return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+
+
+def _shown_times(video: bytes) -> list[float]:
+    """The times in seconds, rising, at which a clip's packets say that its frames are shown; nothing is decoded."""
+    import av
+
+    with av.open(io.BytesIO(video)) as container:
+        packets = container.demux(video=0)
+        return sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base and not p.is_discard)
 
 
 def _decoded(sample: Sample, decode: Callable[[bytes], Any] | None) -> Sample:
@@ -122,6 +151,9 @@ def stream(
 
     Only samples that the index keeps are delivered: what later rules rejected, or a killed run left twice, is passed over.
 
+    With `shuffle` or `resampled`, every new iteration of the object has another order. The order depends on `seed`, on how many
+    iterations went before and on the node and worker alone, so that it can be repeated; all nodes have to begin each pass together.
+
     Args:
         dataset: path or URI.
         split: train, val or test; `None` for all.
@@ -141,19 +173,84 @@ def stream(
     if not keys:
         raise ValueError(f"{dataset} holds no kept clip with {_where(split, where)}")
     storage = index.storage
-    source = (
-        wds.ResampledShards(list(keys), seed=seed)
-        if resampled
-        else wds.SimpleShardList(list(keys), seed=seed if shuffle else None)
-    )
+    source = _ShardOrder(list(keys), seed=seed, shuffle=shuffle > 0, resampled=resampled)
     stages: list[Any] = [source]
     if not resampled:
+        # Every node and worker shuffles the whole list alike before it takes its part.
         stages += [wds.split_by_node, wds.split_by_worker]
     stages += [partial(_open_shards, storage=storage), partial(_select, keys=keys)]
     if shuffle:
-        stages.append(wds.shuffle(shuffle, seed=seed))
+        stages.append(partial(_shuffle, source=source, size=shuffle))
     stages.append(partial(_decode_all, decode=decode))
     return wds.DataPipeline(*stages)
+
+
+_PLACES = 1024
+"""Workers of one node whose iterations can be told apart."""
+
+
+class _ShardOrder(torch.utils.data.IterableDataset[Sample]):
+    """The shards in the order of one iteration after the other.
+
+    A data loader starts new workers for every epoch, each with a copy of this object as it was before the first, so the count of
+    iterations is kept in memory that all of them share. Each worker has a place there, with the loader's number for its epoch
+    (torch's base seed, shared by its workers) in the upper half and the count in the lower; a worker takes the count of its
+    fellows, and the first one the next. One write of 64 bits needs no lock: whoever does not see the first sees what it saw.
+    """
+
+    def __init__(self, names: list[str], *, seed: int, shuffle: bool, resampled: bool) -> None:
+        super().__init__()
+        self._names, self._seed, self._shuffle, self._resampled = names, seed, shuffle, resampled
+        self._places = torch.zeros(_PLACES, dtype=torch.int64)
+        self._places.share_memory_()  # type: ignore[no-untyped-call]
+        self._loader = 0
+        self._count, self._round = 0, 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._places.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __iter__(self) -> Iterator[Sample]:
+        # Counted at once and not with the first shard, so that all stages of an iteration see the same count.
+        self._begin()
+        return self._draw() if self._resampled else iter([{"url": name} for name in self._once()])
+
+    def random(self, *purpose: object) -> Random:
+        """A generator for this iteration and `purpose`, the same in every process."""
+        return Random(repr((self._seed, self._count, self._round, *purpose)))
+
+    def own_random(self, purpose: str) -> Random:
+        """As `random`, another one in every node and worker."""
+        node, _, worker, _ = wds.utils.pytorch_worker_info()
+        return self.random(purpose, node, worker)
+
+    def _begin(self) -> None:
+        worker = torch.utils.data.get_worker_info()
+        loader = 0 if worker is None else 1 + zlib.crc32(str(worker.seed - worker.id).encode()) % (2**31 - 1)
+        if loader and loader == self._loader:
+            # A worker that persists, or repeats its part: the others may be at another round, and must not be disturbed.
+            self._round += 1
+            return
+        places = self._places.numpy()
+        fellows = places[places >> 32 == loader] if loader else places[:0]
+        self._count = int(fellows.max() if len(fellows) else (places & 0xFFFFFFFF).max() + 1) & 0xFFFFFFFF
+        self._loader, self._round = loader, 0
+        places[0 if worker is None else worker.id % _PLACES] = loader << 32 | self._count
+
+    def _once(self) -> list[str]:
+        names = list(self._names)
+        if self._shuffle:
+            self.random("shards").shuffle(names)
+        return names
+
+    def _draw(self) -> Iterator[Sample]:
+        generator = self.own_random("shards")
+        while True:
+            yield {"url": generator.choice(self._names)}
+
+
+def _shuffle(samples: Iterator[Sample], source: _ShardOrder, size: int) -> Any:
+    return wds.shuffle(size, rng=source.own_random("samples"))(samples)
 
 
 def _open_shards(shards: Iterator[Sample], storage: Storage) -> Iterator[Sample]:

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
+
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
+
+
+class StorageError(ValueError):
+    """The place that a path or URI names cannot be opened; the message says what can."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,9 @@ class Storage:
     Args:
         uri: a local path, or a URI such as `s3://bucket/prefix`, `gs://...`, `abfs://...`. Credentials come from where the
             store's own tools look for them (environment, configuration files, instance role).
+
+    Raises:
+        StorageError: at the first use, when the URI names no store that can be opened.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
@@ -50,7 +60,10 @@ class Storage:
     def _opened(self) -> tuple[Any, str]:
         if "://" not in self.uri:
             return fs.LocalFileSystem(), str(Path(self.uri).expanduser().resolve())
-        filesystem, root = fs.FileSystem.from_uri(self.uri)
+        try:
+            filesystem, root = fs.FileSystem.from_uri(self.uri)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise StorageError(f"cannot open {self.uri!r}: {error}; name a folder, or s3://, gs:// or abfs://") from error
         return filesystem, root.rstrip("/")
 
     @property
@@ -72,6 +85,24 @@ class Storage:
         if not self.is_local:
             raise ValueError(f"{self.uri} is not a local folder")
         return Path(self.path(name))
+
+    def leftovers(self) -> list[Entry]:
+        """Temporary files of writes that are not complete, sorted by name; unless a build is running, killed ones left them.
+
+        Only a local dataset can have them; an object store shows nothing of an upload that broke off.
+        """
+        if not self.is_local:
+            return []
+        root = self.local_path()
+        found = []
+        for folder, _, names in os.walk(root):
+            for name in filter(_TEMPORARY.match, names):
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # a running build may just have completed it
+                    status = path.stat()
+                    modified = datetime.fromtimestamp(status.st_mtime, UTC)
+                    found.append(Entry(path.relative_to(root).as_posix(), status.st_size, modified))
+        return sorted(found, key=lambda entry: entry.name)
 
     def list(self, folder: str, suffix: str = "") -> list[Entry]:
         """Files directly in `folder` whose name ends with `suffix`, sorted by name; a folder that is not there is empty."""

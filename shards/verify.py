@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .index import Index
+from .index import Index, listed_shards
 from .storage import Storage
 from .writer import EMBEDDINGS, SHARDS
 
@@ -82,7 +82,7 @@ def verify(storage: Storage | str, fast: bool = False) -> Report:
         raise FileNotFoundError(
             f"{storage.uri} holds no dataset (no parts below index/sources); build one with `videofactory build`"
         )
-    index = Index(storage)
+    index = Index(storage, skip_damaged=True)
     report = Report(checked={"sources": len(index.sources()), "clips": len(index.clips())})
     for promise, sql in _LAWS.items():
         report.broken += [(promise, row["id"], str(row["found"])) for row in index.query(sql).to_pylist()]
@@ -94,14 +94,26 @@ def verify(storage: Storage | str, fast: bool = False) -> Report:
     _check_embeddings(index, kept, report)
     _check_shards(index, kept, report, fast)
     _check_shard_list(index, report)
+    report.broken += [("a part of the index cannot be read", name, reason) for name, reason in sorted(index.damaged.items())]
+    leftovers = storage.leftovers()
+    if leftovers:
+        size = sum(entry.size for entry in leftovers)
+        report.notes.append(f"{len(leftovers)} temporary files ({size} bytes) are of a killed run, or of one still running")
     return report
 
 
 def _check_embeddings(index: Index, kept: list[dict[str, Any]], report: Report) -> None:
     if not index.storage.list(EMBEDDINGS, ".parquet"):
         return
-    embedded = index.embeddings()["clip_id"].to_pylist()
-    for missing in sorted({row["clip_id"] for row in kept} - set(embedded)):
+    embedded = set(index.embeddings()["clip_id"].to_pylist())
+    # A sidecar has the name of its part, with which the shard's name begins; one that cannot be read is named once, as such.
+    unread = {
+        f"{SHARDS}/{name.removeprefix(EMBEDDINGS + '/').removesuffix('.parquet')}"
+        for name in index.damaged
+        if name.startswith(EMBEDDINGS + "/")
+    }
+    expected = {row["clip_id"] for row in kept if str(row["shard"]).rpartition("-")[0] not in unread}
+    for missing in sorted(expected - embedded):
         report.broken.append(("a kept clip has no embedding", missing, f"not in {EMBEDDINGS}"))
 
 
@@ -134,12 +146,16 @@ def _check_shards(index: Index, kept: list[dict[str, Any]], report: Report, fast
 def _check_shard(storage: Storage, shard: dict[str, Any], rows: list[dict[str, Any]], report: Report) -> None:
     """Read one shard whole: its checksum, its members and their order, and each kept row against its sample."""
     name = shard["url"]
-    content = storage.get(name)
+    try:
+        content = storage.get(name)
+    except OSError as error:
+        report.broken.append(("a shard is no readable tar", name, str(error)))
+        return
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != shard["md5sum"]:
         report.broken.append(("a shard's MD5 differs from the index", name, f"{shard['md5sum']} stated"))
     try:
         samples = list(_samples(content))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OSError) as error:
         report.broken.append(("a shard is no readable tar", name, str(error)))
         return
     if len(samples) != shard["nsamples"]:
@@ -157,7 +173,7 @@ def _samples(content: bytes) -> Iterator[tuple[str, int, dict[str, bytes]]]:
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         current: tuple[str, int, dict[str, bytes]] | None = None
         for member in tar:
-            key, _, extension = member.name.partition(".")
+            key, _, extension = _printable(member.name).partition(".")
             if current is None or current[0] != key:
                 if current is not None:
                     yield current
@@ -168,6 +184,11 @@ def _samples(content: bytes) -> Iterator[tuple[str, int, dict[str, bytes]]]:
             yield current
 
 
+def _printable(name: str) -> str:
+    """A tar name may hold bytes that are no UTF-8, which nothing can print."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _check_sample(row: dict[str, Any], sample: tuple[int, dict[str, bytes]] | None, report: Report) -> None:
     clip = row["clip_id"]
     if sample is None:
@@ -175,7 +196,10 @@ def _check_sample(row: dict[str, Any], sample: tuple[int, dict[str, bytes]] | No
         return
     offset, members = sample
     video = members.get("mp4", b"")
-    described = json.loads(members.get("json", b"{}"))
+    described = _described(members.get("json", b""))
+    if described is None:
+        report.broken.append(("a sample's JSON cannot be read", clip, row["shard"]))
+        described = {"clip_id": clip}
     differing = [name for name, value in described.items() if name in _STORED and value != row.get(name)]
     size = sum(512 + (len(content) + 511) // 512 * 512 for content in members.values())
     for holds, promise, found in (
@@ -183,11 +207,19 @@ def _check_sample(row: dict[str, Any], sample: tuple[int, dict[str, bytes]] | No
         (size == row["size"], "a sample is of another size than its row says", f"{size}, {row['size']} stated"),
         (hashlib.sha256(video).hexdigest() == row["sha256"], "a clip's SHA-256 differs from its row", f"{row['sha256']} stated"),
         (len(video) == row["bytes"], "a clip is of another length than its row says", f"{len(video)}, {row['bytes']} stated"),
-        (members.get("txt", b"").decode() == (row["caption"] or ""), "a caption differs from its row", repr(row["caption"])),
+        (members.get("txt", b"") == (row["caption"] or "").encode(), "a caption differs from its row", repr(row["caption"])),
         (described.get("clip_id") == clip and not differing, "a sample's JSON differs from its row", ", ".join(differing)),
     ):
         if not holds:
             report.broken.append((promise, clip, found))
+
+
+def _described(content: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(content)
+    except ValueError:  # of which broken JSON and text that is no UTF-8 are kinds
+        return None
+    return found if isinstance(found, dict) else None
 
 
 # What a later amendment of the row never changes, so that the JSON inside the shard must still say it.
@@ -198,8 +230,18 @@ def _check_shard_list(index: Index, report: Report) -> None:
     """`shards.json` is derived; where it exists it must say what the index says."""
     if not index.storage.exists("shards.json"):
         return
-    listed = json.loads(index.storage.get("shards.json"))["shardlist"]
-    if listed != index.shards() and not len(index.incomplete()):
-        report.broken.append(
-            ("shards.json differs from the index", "shards.json", "run `videofactory report` to derive it again")
+    derive = "run `videofactory report` to derive it again"
+    try:
+        listed = listed_shards(index.storage)
+    except (ValueError, OSError) as error:
+        report.broken.append(("shards.json cannot be read", "shards.json", f"{error}; {derive}"))
+        return
+    known = index.shards()
+    lost = [shard["url"] for shard in listed if shard["url"] not in {shard["url"] for shard in known}]
+    for name in lost:
+        found = (
+            "its index part is gone or damaged; put it back from a copy, or run the same build command to make the clips again"
         )
+        report.broken.append(("shards.json names a shard that the index does not", str(name), found))
+    if listed != known and not lost and not len(index.incomplete()):
+        report.broken.append(("shards.json differs from the index", "shards.json", derive))

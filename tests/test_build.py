@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,84 @@ def test_source_that_kills_its_worker_each_time_becomes_an_error_row(tmp_path: P
     assert analysed == []
 
 
+class Moody:
+    """A captioner that fails while its mood is bad, and has an opinion of nothing else."""
+
+    name = "moody"
+    fails = True
+
+    def caption(self, images: list[Any]) -> list[str]:
+        if Moody.fails:
+            raise RuntimeError("not now")
+        return ["a picture" for _ in images]
+
+
+MOODY = {"captioner": "tests.test_build:Moody"}
+
+
+def test_failed_captions_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video = make_video(tmp_path / "videos/a.mp4", 1)
+    chosen = recipe(caption=MOODY, rules={"talks": "length(caption) > 0"})
+    assert states(run(video, tmp_path / "out", chosen)) == {"caption_failed": 3}
+    assert states(run(video, tmp_path / "out", chosen)) == {"caption_failed": 3}
+    monkeypatch.setattr(Moody, "fails", False)
+    assert states(run(video, tmp_path / "out", chosen, retry=["caption_failed"])) == {"kept": 3}
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_dropped_rules_of_every_step_end_where_a_fresh_build_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Moody, "fails", False)
+    video = make_video(tmp_path / "videos/a.mp4", 1)
+    talks = {"talks": "length(caption) > 0"}
+    for number, rule in enumerate(("motion > 9", "has_audio", "length(caption) > 99")):
+        out = tmp_path / f"out-{number}"
+        assert states(run(video, out, recipe(caption=MOODY, rules={"strict": rule, **talks}))) == {"strict": 3}
+        assert states(run(video, out, recipe(caption=MOODY, rules=talks))) == {"kept": 3}
+        assert verify(str(out)).ok
+
+
+def test_any_error_of_the_analysis_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose timestamps jump by eleven days gives a clip that no id can name."""
+    make_video(tmp_path / "videos/a.mp4", 1)
+    jumping = make_video(tmp_path / "videos/b.mp4", 2)
+    real = ingest.analyse_guarded
+
+    def jump(path: Path, *arguments: Any, **options: Any) -> Any:
+        found = real(path, *arguments, **options)
+        if Path(path) == jumping:
+            found.shots[-1] = replace(found.shots[-1], start=1e6, end=1e6 + 2)
+        return found
+
+    monkeypatch.setattr(ingest, "analyse_guarded", jump)
+    index = run(tmp_path / "videos", tmp_path / "out")
+    rows = index.query("select status, error_class, error from sources order by status").to_pylist()
+    assert [(row["status"], row["error_class"]) for row in rows] == [("done", None), ("failed", "analysis_failed")]
+    assert "does not fit an id" in rows[1]["error"]
+
+
+def test_what_the_sources_table_says_travels_along(tmp_path: Path) -> None:
+    make_video(tmp_path / "a.mp4", 1)
+    (tmp_path / "list.csv").write_text("path,license,title,mood\na.mp4,CC0-1.0,A film,blue\n")
+    index = run(tmp_path / "list.csv", tmp_path / "out")
+    (row,) = index.sources().to_pylist()
+    assert (row["license"], row["title"], row["extra"]) == ("CC0-1.0", "A film", '{"mood": "blue"}')
+    assert "CC0-1.0" in (tmp_path / "out/README.md").read_text()
+
+
+def test_content_may_change_until_the_first_source_is_analysed(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be imported"):
+        run(videos, tmp_path / "out", recipe(caption={"captioner": "nope.nope:X"}))
+    with pytest.raises(RecipeError, match="unexpected keyword argument 'modle'"):
+        run(videos, tmp_path / "out", recipe(caption={"options": {"modle": "x"}}))
+    assert states(run(videos, tmp_path / "out")) == {"kept": 10, "moving": 2}
+
+
 class TestRefusedBeforeAnyWork:
+    def test_retry_of_an_unknown_class(self, videos: Path, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="did you mean 'not_a_video'"):
+            run(videos, tmp_path / "out", retry=["not_video"])
+        self.refused(tmp_path / "out")
+
     def refused(self, out: Path) -> None:
         assert not (out / "index").exists()
 

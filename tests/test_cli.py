@@ -92,6 +92,12 @@ def test_dry_run_does_nothing(video: Path, tmp_path: Path) -> None:
         ),
         (["build", "-s", "{video}", "-o", "{out}", "-r", "sample"], "miniature"),
         (["verify", "{out}"], "no dataset"),
+        (["verify", "foo://bar"], "cannot open 'foo://bar'"),
+        (["stats", "foo://bar"], "cannot open 'foo://bar'"),
+        (
+            ["build", "-s", "{video}", "-o", "foo://bar", "--set", "caption=null", "--set", "embed=null"],
+            "cannot open 'foo://bar'",
+        ),
         (["stats", "{out}"], "no dataset"),
         (["report", "{out}"], "no dataset"),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import shutil
 import stat
 import subprocess
 import sys
@@ -10,12 +13,15 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import psutil
 import pytest
 
 from tests.media import read_number, read_pyav, write_video
+from videofactory.curation import cut_encode
 from videofactory.curation.cut import ClipSettings, cut
-from videofactory.curation.cut_encode import find_ffmpeg, run_limited
+from videofactory.curation.cut_encode import Encoding, encode_span, find_ffmpeg, run_limited
+from videofactory.curation.cut_plan import make_plan, opened, read_packets
 from videofactory.curation.media import Guard, MediaError
 
 TIMES = tuple(Fraction(number, 25) for number in range(100))
@@ -189,3 +195,61 @@ def test_reading_goes_through_the_guard(video: Path) -> None:
         with pytest.raises(MediaError) as caught:
             cut(video, 50.0, 60.0, guard=guard)
     assert caught.value.error_class == "empty_span"
+
+
+needs_prlimit = pytest.mark.skipif(shutil.which("prlimit") is None, reason="the limit is set by prlimit of util-linux")
+
+
+@needs_prlimit
+def test_memory_of_ffmpeg_is_limited(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_encode, "MEMORY_BYTES", 200 * 2**20)
+    with pytest.raises(MediaError) as caught:
+        cut(video, *SPAN, ClipSettings(mode="encode", preset="veryslow"))
+    assert caught.value.error_class == "encode_failed"
+
+
+@needs_prlimit
+def test_program_gets_no_more_memory_than_it_was_given() -> None:
+    program = [sys.executable, "-c", "bytearray(2**30)"]
+    run_limited(program, seconds=60)
+    with pytest.raises(MediaError, match="MemoryError") as caught:
+        run_limited(program, seconds=60, memory_bytes=2**29)
+    assert caught.value.error_class == "encode_failed"
+
+
+def test_complaint_about_memory_is_a_failure(video: Path, fake_ffmpeg: Callable[[str], None]) -> None:
+    fake_ffmpeg("echo 'Error while decoding stream #0:0: Cannot allocate memory' >&2\n")
+    with pytest.raises(MediaError, match="used up its 4096 MiB") as caught:
+        cut(video, *SPAN, ENCODE)
+    assert caught.value.error_class == "encode_failed"
+
+
+def test_ffmpeg_decodes_listed_codecs_alone(tmp_path: Path, video: Path) -> None:
+    """The list is ffmpeg's own; a stream that was analysed as one codec and decodes as another finds no decoder."""
+    other = tmp_path / "other.mkv"
+    with av.open(str(other), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(30):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    with opened(video) as (container, stream):
+        plan = make_plan(video, container, stream, read_packets(container, stream, *SPAN), *SPAN)
+    plan = dataclasses.replace(plan, source=other, format="matroska")
+    encoding = Encoding(crf=20, preset="veryfast", height=None, fps=None, audio=False, threads=1)
+    with pytest.raises(MediaError, match="whitelist") as caught:
+        encode_span(plan, tmp_path / "out.mp4", encoding, seconds=60)
+    assert caught.value.error_class == "encode_failed"
+
+
+@pytest.mark.parametrize("audio", [False, True])
+def test_streams_that_are_not_decoded_do_no_harm(audio: bool, tmp_path: Path, video: Path) -> None:
+    path = tmp_path / "many.mkv"
+    tracks = ["-map", "0:v", *["-map", "1:a"] * 8]
+    sound = ["-f", "lavfi", "-i", "sine=duration=4"]
+    command = [find_ffmpeg(), "-v", "error", "-i", str(video), *sound, *tracks, "-c:v", "copy", "-c:a", "aac", str(path)]
+    subprocess.run(command, check=True, timeout=60)
+    clip = cut(path, *SPAN, ClipSettings(mode="encode", audio=audio))
+    with av.open(io.BytesIO(clip.video)) as container:
+        assert len(container.streams.audio) == int(audio)
+    assert [read_number(image) for image in read_pyav(clip.video)] == list(range(30, 60))

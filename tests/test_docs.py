@@ -78,7 +78,7 @@ class TestGenerated:
 
 def variants(base: dict[str, Any], keys: list[str]) -> Iterator[Recipe]:
     """Recipes with one key changed to whatever value it takes."""
-    for value in (1, 2, 64, 0.5, "copy", "none", "text", True, False, {"name": "true"}, 1 << 28, 1 << 30):
+    for value in (1, 2, 64, 0.5, "copy", "none", "text", "slow", True, False, {"name": "true"}, 1 << 28, 1 << 30):
         changed = yaml.safe_load(yaml.safe_dump(base))
         inner = changed
         for key in keys[:-1]:

@@ -68,6 +68,8 @@ def test_reserved_word_as_column() -> None:
         ("true; drop table rows", "no SQL condition"),
         ("motion > 'abc'", "cannot be judged"),
         ("nosuch(motion)", "cannot be judged"),
+        ("random() > 0.5", "same answer every time"),
+        ("now() > timestamp '2020-01-01'", "same answer every time"),
     ],
 )
 def test_unusable_rules_are_refused(sql: str, message: str) -> None:
@@ -82,3 +84,10 @@ def test_a_rule_on_a_step_that_is_off_says_so() -> None:
 
 def test_comments_do_not_swallow_the_next_rule() -> None:
     assert judged({"a": "motion > 0 -- note", "b": "motion > 5"}, rows(motion=[1.0])) == ["b"]
+
+
+def test_a_value_that_the_rule_cannot_digest_does_not_hold() -> None:
+    table = rows(width=[1920, 2], height=[1080, 2], motion=[0.5, 0.9])
+    assert judged({"cast": "width::tinyint > 0"}, table) == ["cast", None]
+    assert judged({"overflow": "(width * height)::smallint > 0"}, table) == ["overflow", None]
+    assert judged({"root": "sqrt(motion - 0.8) > 0"}, table) == ["root", None]

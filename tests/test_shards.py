@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from videofactory.shards.index import Index, amend_clips, shard_list
+from videofactory.shards.clean import clean
+from videofactory.shards.index import Index, IndexDamagedError, amend_clips, shard_list
 from videofactory.shards.lease import DatasetBusyError, Lease, StaleRunError
-from videofactory.shards.schema import clip_id, clip_schema, conform, source_id, split_of, table_of
-from videofactory.shards.storage import Storage
+from videofactory.shards.schema import clip_id, clip_schema, conform, source_id, source_schema, split_of, table_of
+from videofactory.shards.storage import Storage, StorageError
 from videofactory.shards.verify import verify
-from videofactory.shards.writer import ShardWriter
+from videofactory.shards.writer import ShardWriter, put_record
 
 from .datasets import SIGNALS, candidates, contents, finished, source_row, write_dataset
 
@@ -151,6 +152,43 @@ class TestVerifyNamesWhatIsBroken:
                 break
         assert [found for promise, _, found in verify(dataset, fast=True).broken if "n_clips" in promise] == ["n_clips 5, rows 4"]
 
+    @pytest.mark.parametrize("value", [0xFF, ord("x")], ids=["no UTF-8", "no JSON"])
+    def test_damaged_json_member(self, dataset: Storage, value: int) -> None:
+        row = Index(dataset).query("select * from clips where state = 'kept' order by clip_id limit 1").to_pylist()[0]
+        _overwrite(dataset, row["shard"], row["offset"] + 512, bytes([value]))
+        assert ("a sample's JSON cannot be read", row["clip_id"], row["shard"]) in verify(dataset).broken
+
+    def test_damaged_caption(self, dataset: Storage) -> None:
+        row = Index(dataset).query("select * from clips where state = 'kept' order by clip_id limit 1").to_pylist()[0]
+        _overwrite(dataset, row["shard"], row["offset"] + row["size"] - 512, b"\xff")
+        assert ("a caption differs from its row", row["clip_id"]) in [broken[:2] for broken in verify(dataset).broken]
+
+    @pytest.mark.parametrize("folder", ["index/clips", "index/sources", "index/embeddings"])
+    def test_truncated_index_part(self, dataset: Storage, folder: str) -> None:
+        names = [entry.name for entry in dataset.list(folder, ".parquet")][:2]
+        for name in names:
+            path = dataset.local_path(name)
+            path.write_bytes(path.read_bytes()[:-20])
+        broken = verify(dataset).broken
+        assert [name for promise, name, _ in broken if promise == "a part of the index cannot be read"] == names
+        assert not any("no embedding" in promise for promise, _, _ in broken)
+        with pytest.raises(IndexDamagedError, match=rf"^{names[0]} cannot be read: .*from a copy, or delete it"):
+            Index(dataset).embeddings()
+
+    def test_truncated_shard_list(self, dataset: Storage) -> None:
+        dataset.put("shards.json", json.dumps(shard_list(Index(dataset), "test")).encode()[:-30])
+        assert [broken[:2] for broken in verify(dataset).broken] == [("shards.json cannot be read", "shards.json")]
+
+    def test_deleted_index_part(self, dataset: Storage) -> None:
+        listed = shard_list(Index(dataset), "test")
+        dataset.put("shards.json", json.dumps(listed).encode())
+        assert verify(dataset).ok
+        dataset.delete(dataset.list("index/clips", ".parquet")[0].name)
+        report = verify(dataset)
+        assert "pending" in report.notes[0]  # which does not excuse it
+        lost = ("shards.json names a shard that the index does not", listed["shardlist"][0]["url"])
+        assert [broken[:2] for broken in report.broken] == [lost]
+
     def test_orphans_are_a_note(self, dataset: Storage) -> None:
         dataset.put("shards/000009-dead-1-000000-00000000.tar", b"half a tar")
         report = verify(dataset)
@@ -159,6 +197,81 @@ class TestVerifyNamesWhatIsBroken:
     def test_no_dataset(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no dataset"):
             verify(str(tmp_path))
+
+
+def _overwrite(storage: Storage, name: str, offset: int, content: bytes) -> None:
+    path = storage.local_path(name)
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_an_unknown_kind_of_store_is_said_clearly() -> None:
+    with pytest.raises(StorageError, match=r"cannot open 'foo://bar': .*s3://, gs:// or abfs://"):
+        Storage("foo://bar").list("index")
+
+
+class TestRefresh:
+    def test_reads_only_what_is_new(self, dataset: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        index = Index(dataset)
+        before = index.clips()
+        source = source_row(7)
+        with Lease(dataset) as lease:
+            rows = candidates(source["source_id"])
+            put_record(dataset, lease.run, {**source, "status": "done", "n_clips": 4}, rows, source_schema(SIGNALS))
+        opened: list[str] = []
+        real = Storage.open
+
+        def watched(self: Storage, name: str) -> object:
+            opened.append(name)
+            return real(self, name)
+
+        monkeypatch.setattr(Storage, "open", watched)
+        index.refresh()
+        assert [name.rpartition("-")[0].rpartition("-")[2] for name in opened] == [source["source_id"]]
+        assert len(index.clips()) == len(before) + 4
+        assert index.clips() == Index(dataset).clips()
+
+    def test_parts_of_other_signals_stand_beside(self, dataset: Storage) -> None:
+        index = Index(dataset)
+        source = source_row(8)
+        rows = [{**row, "sharpness": 0.25} for row in candidates(source["source_id"])]
+        with Lease(dataset) as lease:
+            schema = source_schema([*SIGNALS, "sharpness"])
+            put_record(dataset, lease.run, {**source, "status": "done", "n_clips": 4}, rows, schema)
+        index.refresh()
+        assert index.signals == (*SIGNALS, "sharpness")
+        found = index.query("select sharpness, count(*) as n from clips group by 1 order by 1").to_pylist()
+        assert found == [{"sharpness": 0.25, "n": 4}, {"sharpness": None, "n": 12}]
+
+
+class TestClean:
+    def test_removes_what_killed_runs_left_and_nothing_else(self, dataset: Storage) -> None:
+        dead = "000001-dead-1-000000-00000000.tar"
+        half = ".000001-dead-1-000001-00000000.tar.0123abcd.tmp"
+        for name in (dead, half):
+            dataset.put(f"shards/{name}", b"half a tar")
+        assert "1 temporary files (10 bytes)" in verify(dataset).notes[1]
+        with Lease(dataset) as lease:
+            own = [f"shards/{lease.run}-1-000000-00000000.tar", f"shards/.{lease.run}-1-000001-00000000.tar.0123abcd.tmp"]
+            foreign = ["shards/mine.tar", "shards/.mine.tar.0123abcd.tmp"]
+            for name in (*own, *foreign):
+                dataset.put(name, b"")
+            removed = clean(dataset, Index(dataset), lease.run)
+        assert [entry.name for entry in removed] == [f"shards/{half}", f"shards/{dead}"]
+        assert all(dataset.exists(name) for name in (*own, *foreign)) and not dataset.exists(f"shards/{dead}")
+        assert verify(dataset).ok
+
+    def test_keeps_shards_whose_index_part_was_lost(self, dataset: Storage) -> None:
+        dataset.put("shards.json", json.dumps(shard_list(Index(dataset), "test")).encode())
+        part = dataset.list("index/clips", ".parquet")[0].name
+        dataset.put(part, b"damaged")
+        with Lease(dataset) as lease:
+            with pytest.raises(IndexDamagedError, match=part):
+                clean(dataset, Index(dataset, skip_damaged=True), lease.run)
+            dataset.delete(part)
+            assert clean(dataset, Index(dataset), lease.run) == []
 
 
 class TestLease:
