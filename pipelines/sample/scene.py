@@ -139,13 +139,13 @@ class Renderer:
         field = rng.standard_normal((height + _NOISE_SLACK, width + _NOISE_SLACK, 3), dtype=np.float32)
         self._noise = np.round(field * spread).astype(np.int16)
 
-    def frame(self, moment: float) -> NDArray[np.uint8]:
-        """The frame `moment` seconds into the shot, uint8 [height, width, 3] RGB."""
+    def frame(self, moment: float, colour: tuple[float, float, float] | None = None) -> NDArray[np.uint8]:
+        """The frame `moment` seconds into the shot, uint8 [height, width, 3] RGB; the shape in `colour` instead of its own."""
         shot = self.shot
         if shot.frozen:
             moment = shot.duration / 2
         frame = self._backdrop(moment)
-        self.draw(frame, moment, COLOURS[shot.colour])
+        self.draw(frame, moment, colour or COLOURS[shot.colour])
         if shot.exposure != 1.0:
             frame = cv2.convertScaleAbs(frame, alpha=shot.exposure)
         if shot.logo:

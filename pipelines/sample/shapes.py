@@ -22,6 +22,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 FORMS: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
 
+UNNAMED_FORMS: tuple[str, ...] = ("hexagon", "bar", "kite", "gear")
+"""Forms that no caption names and no video shows: from them the tiny models learn colours, apart from the forms they shall name."""
+
 _SUBPIXEL_BITS = 4
 
 
@@ -29,7 +32,7 @@ def outline(form: str) -> list[NDArray[np.float64]]:
     """Contours of `form` inside the unit circle, each [points, 2] as x, y. A second contour is a hole.
 
     Raises:
-        ValueError: the form is not one of `FORMS`.
+        ValueError: the form is not one of `FORMS` or `UNNAMED_FORMS`.
     """
     if form == "circle":
         return [_polygon(48, 0.9)]
@@ -48,6 +51,16 @@ def outline(form: str) -> list[NDArray[np.float64]]:
         quarter = np.array([(arm, -1.0), (arm, -arm), (1.0, -arm)])
         turns = [quarter @ np.array([(math.cos(a), math.sin(a)), (-math.sin(a), math.cos(a))]) for a in _QUARTERS]
         return [np.concatenate(turns)]
+    if form == "hexagon":
+        return [_polygon(6, 1.0)]
+    if form == "bar":
+        return [np.array([(-1.1, -0.4), (1.1, -0.4), (1.1, 0.4), (-1.1, 0.4)])]
+    if form == "kite":
+        return [np.array([(0.0, -1.1), (0.6, -0.2), (0.0, 1.1), (-0.6, -0.2)])]
+    if form == "gear":
+        points = _polygon(24, 1.0)
+        points[1::2] *= 0.8
+        return [points]
     raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}")
 
 
@@ -66,7 +79,7 @@ def draw_shape(
 
     Args:
         frame: uint8 [height, width, 3] RGB, changed in place.
-        form: one of `FORMS`.
+        form: one of `FORMS` or `UNNAMED_FORMS`.
         colour: RGB, 0 to 255.
         centre: x, y in frame widths from the upper left corner (so y ends at height / width).
         radius: in frame widths.

@@ -15,11 +15,10 @@ from typing import Annotated, Literal
 import typer
 
 from videofactory.pipelines.sample import CAPTIONER, EMBEDDER, MADE_FOR
-from videofactory.pipelines.sample.training_frames import HELD_OUT, SIDE, render_frames
+from videofactory.pipelines.sample.training_frames import COLOURS_ALONE, FORMS_ALONE, HELD_OUT, SEEN, SIDE, render_frames
 
-FRAMES = 20_000
-VISION_STEPS = (2800, 900)
-CAPTIONER_STEPS, EMBEDDER_STEPS = 450, 400
+FORM_FRAMES, COLOUR_FRAMES, PAIR_FRAMES = 12_000, 5_000, 5_000
+VISION_STEPS, CAPTIONER_STEPS, EMBEDDER_STEPS = 4000, 450, 400
 
 _SAYS = "Knows the shapes of the miniature world and nothing else; on any other video its answers mean nothing."
 _CARDS = {
@@ -44,7 +43,9 @@ def main(
     from videofactory.pipelines.sample.train_vision import train_vision
 
     torch.set_num_threads(threads)
-    frames = render_frames(FRAMES, seed + 1)
+    parts = ((FORM_FRAMES, FORMS_ALONE), (COLOUR_FRAMES, COLOURS_ALONE), (PAIR_FRAMES, SEEN))
+    rendered = [render_frames(count, 1000 * seed + number, pairs) for number, (count, pairs) in enumerate(parts)]
+    frames = rendered[0] + rendered[1] + rendered[2]
     vision = train_vision(frames, VISION_STEPS, seed)
     captioner = CAPTIONER if out is None else out / "captioner"
     save_captioner(train_captioner(vision, frames, CAPTIONER_STEPS, seed), captioner)
@@ -69,8 +70,9 @@ def describe(kind: Literal["captioner", "embedder"], directory: Path, seed: int)
         "The file `made_for.json` says so to the pipeline, which refuses these weights for any other source.",
         "",
         f"- Input: the whole frame, squeezed to {SIDE} x {SIDE} pixels.",
-        f"- Trained on {FRAMES:,} frames rendered by `videofactory.pipelines.sample` (seed {seed + 1}) and on nobody's pictures.",
-        f"- Pairs of colour and form never seen in training: {held_out}.",
+        f"- Trained on {FORM_FRAMES + COLOUR_FRAMES + PAIR_FRAMES:,} frames that the sample rendered, and on nobody's pictures. Forms",
+        "  are learned from frames in random colours, colours from forms without a name, so that neither is tied to the other.",
+        f"- Pairs of colour and form that no caption in training names: {held_out}.",
         f"- Made by `python -m videofactory.pipelines.sample.train --seed {seed}`; "
         "measured by `python -m videofactory.pipelines.sample.evaluate`.",
         "- Licence: that of VideoFactory.",

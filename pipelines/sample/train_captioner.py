@@ -124,8 +124,8 @@ def _write(
     """Input ids and labels [batch, length]: image tokens, begin, caption, end; all captions padded at the right.
 
     A quarter of the input words is exchanged for random ones: each word must then be read off the image, not guessed from the
-    words before it. A recoloured frame is not asked for article and colour, any other not for the form (see `Batch`); and the
-    colour among a recoloured frame's input words is any, so that every form follows every colour.
+    words before it. A frame of a nameless colour is not asked for article and colour, any other not for the form (see `Batch`); and
+    among its input words the colour is any, so that every form follows every colour.
     """
     texts = tokenizer([f"{caption} {END}" for caption in captions], padding=True, return_tensors="pt").input_ids
     pad, image = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(IMAGE)

@@ -41,7 +41,7 @@ from videofactory.pipelines.sample.vocabulary import build_tokenizer, words
 _log = logging.getLogger(__name__)
 
 _CONTEXT = 24
-_BATCH, _BATCHES = 96, 100
+_BATCH, _BATCHES = 96, 70
 _COLOURS_WITH = [[i for i, colour in enumerate(COLOURS) if (colour, form) not in HELD_OUT] for form in FORMS]
 
 # Every way to say it; "{0}" is the article, "{1}" colour, "{2}" form, "{3}" background.
@@ -179,7 +179,7 @@ def _loss(model: Any, tokenizer: Any, batch: Batch, rng: np.random.Generator) ->
     labels = np.stack([batch.colour.numpy(), batch.form.numpy(), batch.background.numpy()], axis=1)
     named = batch.named.numpy()
     for i in np.flatnonzero(~named):
-        # Some word has to stand where a recoloured frame has no colour to name; which one is never asked.
+        # Some word has to stand where a frame has no colour with a name; which one is never asked.
         labels[i, 0] = rng.choice(_COLOURS_WITH[labels[i, 1]])
     total = torch.zeros(())
     right = 0.0
@@ -201,7 +201,7 @@ def _loss(model: Any, tokenizer: Any, batch: Batch, rng: np.random.Generator) ->
         embedded = nn.functional.normalize(model.encode_text(ids), dim=-1)
         similarity = images[torch.from_numpy(asked)] @ embedded.T
         if len(told) > 1:
-            # The rule of `Batch`: a named frame is compared with texts of its own form, a recoloured one with texts of its colour word.
+            # The rule of `Batch`: who is asked for the colour is offered texts of one form, who is asked for the form texts of one colour.
             same = np.where(named[:, None], labels[:, 1:2] == distinct[None, :, 1], labels[:, :1] == distinct[None, :, 0])
             similarity = similarity.masked_fill(torch.from_numpy(~same), -1e4)
         wanted = torch.from_numpy(answer.reshape(-1))
@@ -214,4 +214,4 @@ def _loss(model: Any, tokenizer: Any, batch: Batch, rng: np.random.Generator) ->
 def _say(template: str, colour: int, form: int, background: int) -> str:
     word = list(COLOURS)[colour]
     article = "an" if word[0] in "aeiou" else "a"
-    return template.format(article, word, FORMS[form], list(BACKGROUNDS.values())[background])
+    return template.format(article, word, "shape" if form < 0 else FORMS[form], list(BACKGROUNDS.values())[background])

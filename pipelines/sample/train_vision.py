@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from videofactory.pipelines.sample.backgrounds import BACKGROUNDS
@@ -34,24 +33,18 @@ _BATCH = 32
 _PATCHES = SIDE // PATCH
 _CELLS = MASK // _PATCHES
 _COVERED = 0.35
-RECOLOURED = 0.7
-"""Part of the frames in training."""
-
-_FAR = 35.0
-"""Distance in RGB, 0 to 255 per channel, from every named colour beyond which a colour is one without a name."""
-
-_VALUES = np.array(list(COLOURS.values()), dtype=np.float32)
 
 
 class Batch:
     """A random batch of frames, mirrored at random and varied in light, with its labels as tensors.
 
-    Some frames are recoloured: their shapes have colours far from every colour with a name (`named` is false for them). The
-    recoloured frames alone are asked for forms, the others alone for colours. So nothing ever tells a network that a named colour
-    does not go with a form, which is true of the training frames, and learning it is what makes a network fail on held-out pairs.
+    Forms are learned from shapes of random colours, which are asked for the form alone; colours from all others, among them
+    forms without a name, which are asked for the colour alone (`named`). Nothing then ever tells a network that some named colour
+    does not go with some form. Frames asked for both would, for the pairs held out are not among them; learning that is what
+    makes a network fail on them.
     """
 
-    def __init__(self, frames: Frames, chosen: Any, rng: np.random.Generator, recoloured: float = 0.0) -> None:
+    def __init__(self, frames: Frames, chosen: Any, rng: np.random.Generator) -> None:
         size = len(chosen)
         self.chosen = chosen
         self.states = torch.empty(0)
@@ -60,11 +53,6 @@ class Batch:
         # Every form and every background stays what it is in a mirror.
         mirrored = rng.random(size) < 0.5
         pixels[mirrored], masks[mirrored] = pixels[mirrored][:, :, ::-1], masks[mirrored][:, :, ::-1]
-        named = rng.random(size) >= recoloured if recoloured else np.ones(size, dtype=bool)
-        for i in np.flatnonzero(~named):
-            pixels[i] = _recolour(pixels[i], _VALUES[frames.colour[chosen[i]]], rng)
-        self.named = torch.from_numpy(named)
-        self.ask_form = torch.from_numpy(~named if recoloured else named)
         gain = rng.uniform(0.9, 1.08, (size, 1, 1, 1)) * rng.uniform(0.97, 1.03, (size, 1, 1, 3))
         offset = rng.uniform(-0.03, 0.03, (size, 1, 1, 1))
         pixels = np.clip(pixels * gain.astype(np.float32) + offset.astype(np.float32), 0, 1)
@@ -74,19 +62,9 @@ class Batch:
         self.cover = cells.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
         self.inside = self.cover.mean(-1) > _COVERED
         self.colour = torch.from_numpy(frames.colour[chosen])
+        self.named = self.colour >= 0
         self.form = torch.from_numpy(frames.form[chosen])
         self.background = torch.from_numpy(frames.background[chosen])
-
-
-def _recolour(pixels: NDArray[np.float32], colour: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """The frame in other colours, such that `colour` comes far from every colour that has a name."""
-    while True:
-        dull = rng.uniform(0, 0.35)
-        mixing = (1 - dull) * np.eye(3)[rng.permutation(3)] + dull / 3
-        mixing = (mixing * rng.uniform(0.55, 1.1, (3, 1))).astype(np.float32)
-        new = np.clip(mixing @ colour, 0, 255)
-        if np.linalg.norm(_VALUES - new, axis=1).min() > _FAR:
-            return np.clip(pixels @ mixing.T, 0, 1)
 
 
 def build_vision() -> Any:
@@ -107,24 +85,16 @@ def build_vision() -> Any:
     return vision
 
 
-def train_vision(frames: Frames, steps: tuple[int, int], seed: int) -> Any:
-    """Train from nothing and return the model in evaluation mode.
-
-    Args:
-        frames: to learn from.
-        steps: of two rounds: the frames as they are, from which shapes are learned fast; then most of them recoloured, which
-            parts the forms from the colours.
-        seed: of the first weights and the order of the frames.
-    """
+def train_vision(frames: Frames, steps: int, seed: int) -> Any:
+    """Train from nothing and return the model in evaluation mode."""
     torch.manual_seed(seed)
     vision = build_vision()
-    teach_vision(vision, frames, steps[0], seed, recoloured=0.0)
-    teach_vision(vision, frames, steps[1], seed + 1, recoloured=RECOLOURED)
+    teach_vision(vision, frames, steps, seed)
     return vision.eval()
 
 
-def teach_vision(vision: Any, frames: Frames, steps: int, seed: int, recoloured: float) -> None:
-    """One round of training, which changes `vision`."""
+def teach_vision(vision: Any, frames: Frames, steps: int, seed: int) -> None:
+    """Train `vision` for so many more steps."""
     rng = np.random.default_rng(seed)
     questions = _Questions()
     halfway: list[torch.Tensor] = []
@@ -134,7 +104,7 @@ def teach_vision(vision: Any, frames: Frames, steps: int, seed: int, recoloured:
     started = time.monotonic()
     order = shuffled(len(frames.pixels), _BATCH, rng)
     for step in range(steps):
-        batch = Batch(frames, next(order), rng, recoloured)
+        batch = Batch(frames, next(order), rng)
         states = vision(pixel_values=batch.pixels).last_hidden_state
         loss, right = questions(halfway.pop(), states, batch)
         take_step(loss, optimiser, schedule)
@@ -166,7 +136,7 @@ class _Questions(nn.Module):
         """
         cover = self.cover(self.norm_halfway(halfway[:, 1:]))
         states = self.norm(states[:, 1:])
-        asked = batch.inside & batch.ask_form[:, None]
+        asked = batch.inside & ~batch.named[:, None]
         form, colour = self.form(states[asked]), self.colour(states).flatten(0, 1)
         wanted_form = batch.form[:, None].expand_as(asked)[asked]
         wanted_colour = torch.where(batch.inside, batch.colour[:, None], len(COLOURS))
@@ -187,11 +157,11 @@ def look(see: Callable[[torch.Tensor], torch.Tensor], frames: Frames, batches: i
         see: pixels [size, 3, height, width] -> states.
         frames: that the batches are drawn from.
         batches, size: how many, and the frames of each.
-        seed: of the draw and the recolouring.
+        seed: of the draw and of mirrors and light.
     """
     rng = np.random.default_rng(seed)
     order = shuffled(len(frames.pixels), size, rng)
-    seen = [Batch(frames, next(order), rng, RECOLOURED) for _ in range(batches)]
+    seen = [Batch(frames, next(order), rng) for _ in range(batches)]
     with torch.no_grad():
         for batch in seen:
             batch.states = see(batch.pixels)

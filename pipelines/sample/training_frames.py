@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import colorsys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 
 import cv2
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from videofactory.pipelines.sample.backgrounds import BACKGROUNDS
 from videofactory.pipelines.sample.scene import Renderer, caption_of, draw_shot
-from videofactory.pipelines.sample.shapes import COLOURS, FORMS
+from videofactory.pipelines.sample.shapes import COLOURS, FORMS, UNNAMED_FORMS
 
 SIDE = 96
 """Width and height, in pixels, of what the tiny models see: the whole frame, squeezed."""
@@ -31,13 +32,21 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
         ("white", "star"),
     }
 )
-"""Pairs never seen in training: 7 of 48. That a model names them right shows that it has learned colours and forms, not a list."""
+"""Pairs that no caption in training names: 7 of 48. Their forms are seen in other and in nameless colours (see
+`train_vision.Batch`). That a model names them right shows that it has learned colours and forms, not a list."""
 
 SEEN: tuple[tuple[str, str], ...] = tuple((c, f) for c in COLOURS for f in FORMS if (c, f) not in HELD_OUT)
+ANY_COLOUR = "any"
+"""In a pair: a random colour, far from every colour that has a name."""
+
+FORMS_ALONE: tuple[tuple[str, str], ...] = tuple((ANY_COLOUR, form) for form in FORMS)
+COLOURS_ALONE: tuple[tuple[str, str], ...] = tuple((c, f) for c in COLOURS for f in UNNAMED_FORMS)
 
 _COLOUR_WORDS, _BACKGROUND_NAMES = tuple(COLOURS), tuple(BACKGROUNDS)
 _FRAMES_PER_BACKGROUND = 4
 _CHUNK = 200
+_FAR = 20.0
+"""Distance in RGB, 0 to 255 per channel, from every named colour beyond which a colour is one without a name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,8 @@ class Frames:
 
     Attributes:
         pixels: uint8 [n, SIDE, SIDE, 3] RGB.
-        colour, form, background: int64 [n], indices into `COLOURS`, `FORMS`, `BACKGROUNDS`.
+        colour, form, background: int64 [n], indices into `COLOURS`, `FORMS`, `BACKGROUNDS`; -1 for a colour or a
+            form without a name.
         masks: uint8 [n, MASK, MASK]: how much of each cell the shape covers, 0 to 255.
     """
 
@@ -57,8 +67,13 @@ class Frames:
     masks: NDArray[np.uint8]
 
     def caption(self, index: int) -> str:
-        """The caption of one frame."""
-        return caption_of(_COLOUR_WORDS[self.colour[index]], FORMS[self.form[index]], _BACKGROUND_NAMES[self.background[index]])
+        """The caption of one frame. A form without a name is a "shape"; for a colour without one the first of all words stands in."""
+        form = "shape" if self.form[index] < 0 else FORMS[self.form[index]]
+        return caption_of(_COLOUR_WORDS[max(0, self.colour[index])], form, _BACKGROUND_NAMES[self.background[index]])
+
+    def __add__(self, other: Frames) -> Frames:
+        """These frames and those of `other`."""
+        return Frames(*(np.concatenate([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)))
 
 
 def render_frames(count: int, seed: int, pairs: tuple[tuple[str, str], ...] = SEEN, processes: int = 2) -> Frames:
@@ -85,7 +100,9 @@ def _render_chunk(seed: np.random.SeedSequence, pairs: tuple[tuple[str, str], ..
     masks = np.zeros((_CHUNK, MASK, MASK), np.uint8)
     renderer: Renderer | None = None
     for i in range(_CHUNK):
-        shot = draw_shot(rng, rng.uniform(1.5, 4.0), pair=pairs[rng.integers(len(pairs))])
+        colour, form = pairs[rng.integers(len(pairs))]
+        value = _any_colour(rng) if colour == ANY_COLOUR else COLOURS[colour]
+        shot = draw_shot(rng, rng.uniform(1.5, 4.0), pair=(colour, form))
         if renderer is None or i % _FRAMES_PER_BACKGROUND == 0:
             renderer = Renderer(shot, 320, 180)
         else:
@@ -93,10 +110,25 @@ def _render_chunk(seed: np.random.SeedSequence, pairs: tuple[tuple[str, str], ..
             scenery = renderer.shot
             renderer.shot = shot = replace(shot, background=scenery.background, hue=scenery.hue, seed=scenery.seed)
         moment = shot.duration * rng.uniform(0.2, 0.8)
-        pixels[i] = _as_seen(renderer.frame(moment), rng)
-        labels[i] = (_COLOUR_WORDS.index(shot.colour), FORMS.index(shot.form), _BACKGROUND_NAMES.index(shot.background))
+        pixels[i] = _as_seen(renderer.frame(moment, value), rng)
+        labels[i] = (
+            _COLOUR_WORDS.index(colour) if colour in COLOURS else -1,
+            FORMS.index(form) if form in FORMS else -1,
+            _BACKGROUND_NAMES.index(shot.background),
+        )
         masks[i] = _mask(renderer, moment)
     return pixels, labels[:, 0], labels[:, 1], labels[:, 2], masks
+
+
+def _any_colour(rng: np.random.Generator) -> tuple[float, float, float]:
+    """A random RGB colour that stands out from the muted backgrounds, being either strong or light."""
+    named = np.array(list(COLOURS.values()))
+    while True:
+        saturation = rng.uniform(0, 1)
+        value = rng.uniform(0.88, 1.0) if saturation < 0.45 else rng.uniform(0.5, 1.0)
+        red, green, blue = (255 * part for part in colorsys.hsv_to_rgb(rng.uniform(0, 1), saturation, value))
+        if np.linalg.norm(named - (red, green, blue), axis=1).min() > _FAR:
+            return red, green, blue
 
 
 def _mask(renderer: Renderer, moment: float) -> NDArray[np.uint8]:

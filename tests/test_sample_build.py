@@ -1,0 +1,29 @@
+"""A miniature world through the whole build: every verdict and caption held against the truth that came with the world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from videofactory.curation.sources import find_sources
+from videofactory.pipelines.build import build
+from videofactory.pipelines.recipe import load_recipe
+from videofactory.pipelines.sample import make_world
+from videofactory.pipelines.sample.compare import compare
+from videofactory.shards.verify import verify
+
+KINDS = ["h264_mixed", "vp9_webm", "h264_stills", "h264_letterbox", "h264_portrait", "no_index", "text"]
+SEED = 90417  # that nothing else here uses
+
+
+@pytest.mark.timeout(900)
+def test_verdicts_and_captions_are_the_truth(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", seed=SEED, kinds=KINDS)
+    out = str(tmp_path / "out")
+    build(load_recipe("sample"), find_sources([str(tmp_path / "world/videos")]), out, plainly=True)
+    found = compare(tmp_path / "world", out)
+    assert found.shots == sum(shot["error_class"] is None for shot in world.truth.to_pylist()) >= 15
+    assert found.right >= 0.95 * found.shots - 1, found.misses  # one shot more: so few shots are coarse
+    assert found.kept >= 5 and found.named >= 0.8 * found.kept, found.misses
+    assert verify(out).broken == []
