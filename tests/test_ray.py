@@ -89,7 +89,14 @@ def start(videos: Path, out: Path, chosen: Recipe) -> subprocess.Popen[bytes]:
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
     command = [sys.executable, "-m", "videofactory.pipelines.cli", "build", "-s", str(videos), "-o", str(out), "-r", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts
+    )
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what it runs in the background with SIGINT ignored, and the tests may run there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
