@@ -83,7 +83,7 @@ class Rules:
         tree = json.loads(answer)
         if tree.get("error"):
             raise RuleError(f"rule {name!r} is no SQL condition: {tree.get('error_message')} (in: {sql})")
-        nodes = list(_walk(tree))
+        nodes = list(expressions(tree))
         for kind in ("SUBQUERY", "WINDOW", "STAR", "LAMBDA", "PARAMETER"):
             if any(node["class"] == kind for node in nodes):
                 raise RuleError(f"rule {name!r} must be a condition on one row's columns, without {kind.lower()}s (in: {sql})")
@@ -160,13 +160,13 @@ def _branches(rule: Rule) -> list[str]:
     return [*unmeasured, f"when {condition} is not true then '{quoted}'"]
 
 
-def _walk(node: Any) -> Iterator[dict[str, Any]]:
+def expressions(node: Any) -> Iterator[dict[str, Any]]:
     """All expression nodes of a serialised statement."""
     if isinstance(node, dict):
         if "class" in node:
             yield node
         for value in node.values():
-            yield from _walk(value)
+            yield from expressions(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _walk(value)
+            yield from expressions(value)

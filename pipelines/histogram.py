@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from videofactory.curation.rules import expressions
 from videofactory.shards.schema import Column
 
 BINS = 40
@@ -141,7 +142,7 @@ class RuleReader:
 
     def columns(self, sql: str) -> list[str]:
         """The columns that a rule uses, in the order of their first mention; none for a rule that does not parse."""
-        return list(dict.fromkeys(node["column_names"][-1].lower() for node in _nodes(self._parse(sql)) if _is_column(node)))
+        return list(dict.fromkeys(node["column_names"][-1].lower() for node in expressions(self._parse(sql)) if _is_column(node)))
 
     def thresholds(self, name: str, sql: str) -> list[Threshold]:
         """The constants that the rule `name` compares something with, in the order in which it says so."""
@@ -183,17 +184,6 @@ class RuleReader:
         return None if value is None else float(value)
 
 
-def _nodes(node: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(node, dict):
-        if "class" in node:
-            yield node
-        for value in node.values():
-            yield from _nodes(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _nodes(value)
-
-
 def _comparisons(node: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """The two sides of every comparison that the condition consists of, through `and`, `or` and `not`."""
     if node["class"] == "CONJUNCTION" or node["type"] == "OPERATOR_NOT":
@@ -226,12 +216,12 @@ def _is_constant(node: Any) -> bool:
     """A literal number, possibly cast or calculated; nothing that could answer otherwise tomorrow."""
     return all(
         inner["class"] in ("CONSTANT", "CAST", "TYPE") or (inner["class"] == "FUNCTION" and inner.get("is_operator"))
-        for inner in _nodes(node)
+        for inner in expressions(node)
     )
 
 
 def _is_row_expression(node: Any) -> bool:
-    nodes = list(_nodes(node))
+    nodes = list(expressions(node))
     return any(map(_is_column, nodes)) and not any(inner["class"] in _NO_ROW_EXPRESSION for inner in nodes)
 
 

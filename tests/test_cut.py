@@ -383,6 +383,10 @@ def test_ffmpeg_of_the_package_serves_where_there_is_no_other(
         assert [read_number(image) for image in read_pyav(clip.video)] == list(range(33, 60))
 
 
-def test_torchcodec_is_among_the_readers() -> None:
-    if reason := torchcodec_missing():
+def test_torchcodec_is_among_the_readers(made: Callable[[str], Source]) -> None:
+    reason = torchcodec_missing()
+    if reason:
         pytest.skip(reason)
+    given = made("uneven_times")
+    clip = cut(given.path, *given.span(33, 60), ClipSettings(mode="encode"))
+    assert [read_number(image) for image in read_torchcodec(clip.video)] == list(range(33, 60))

@@ -182,9 +182,11 @@ def test_ffmpeg_named_by_the_environment_must_exist(monkeypatch: pytest.MonkeyPa
     assert caught.value.error_class == "ffmpeg_missing"
 
 
-def test_output_is_drained_while_the_process_runs() -> None:
+def test_output_is_drained_while_the_process_runs(tmp_path: Path) -> None:
     """More than a pipe holds would block a process that nobody reads."""
-    run_limited(["/bin/sh", "-c", "yes | head -c 1000000 >&2"], seconds=60)
+    finished = tmp_path / "finished"
+    run_limited(["/bin/sh", "-c", f"yes | head -c 1000000 >&2; touch '{finished}'"], seconds=60)
+    assert finished.exists()
 
 
 def test_reading_goes_through_the_guard(video: Path) -> None:
