@@ -1,0 +1,402 @@
+"""Text to video with the swap-attention U-Net: a diffusers pipeline around a `SwapUNet`, Stable Diffusion's VAE and text encoder.
+
+Shapes in names: B clips, C channels, F frames, H and W latent positions or pixels, T tokens, D text channels.
+"""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import pipeline_files, pipeline_inputs
+from .unet import SwapUNet
+
+logger = logging.getLogger(__name__)
+
+# By name; the negative prompt's is `None` without guidance.
+Tensors = dict[str, Any]
+StepCallback = Callable[[Any, int, torch.Tensor, Tensors], Tensors | None]
+Generators = torch.Generator | list[torch.Generator]
+
+
+@dataclass
+class TextToVideoSwapPipelineOutput(BaseOutput):
+    """The videos, one per prompt and `num_videos_per_prompt`, in the order of the prompts.
+
+    Attributes:
+        frames: `pil`: a list of frames per video; `np`: float32 (B, F, H, W, 3), 0 to 1; `pt`: (B, F, 3, H, W), 0 to 1;
+            `latent`: (B, C, F, H, W), what `decode_latents` takes.
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
+
+
+class TextToVideoSwapPipeline(DiffusionPipeline):
+    """Makes videos from texts.
+
+    Args:
+        vae: turns latents of single frames into pictures.
+        text_encoder: embeds the prompt; its width is the U-Net's `cross_attention_dim`.
+        tokenizer: of the text encoder.
+        unet: the denoiser.
+        scheduler: any of diffusers' schedulers for noise, velocity or sample prediction.
+        default_frames: frames of a video when none are asked for.
+        default_height, default_width: of a frame, likewise, in pixels.
+
+    Raises:
+        ValueError: two components do not fit together; the message names both values.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: SwapUNet,
+        scheduler: KarrasDiffusionSchedulers,
+        default_frames: int = 16,
+        default_height: int = 192,
+        default_width: int = 344,
+    ) -> None:
+        super().__init__()
+        pipeline_inputs.check_components(vae, text_encoder, unet)
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_to_config(default_frames=default_frames, default_height=default_height, default_width=default_width)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.video_processor = VideoProcessor(do_resize=False, vae_scale_factor=self.vae_scale_factor)
+        self._guidance_scale, self._guidance_rescale, self._num_timesteps, self._interrupt = 1.0, 0.0, 0, False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "TextToVideoSwapPipeline":
+        """Load a saved pipeline from a directory or from the Hugging Face Hub, weights from safetensors only.
+
+        From the Hub only the folders of the components that are not passed in `kwargs` are fetched. A pipeline of Stable
+        Diffusion or ModelScope can be loaded with `unet=SwapUNet.from_unet2d(…)` or `unet=SwapUNet.from_unet3d(…)`.
+
+        Args:
+            pretrained_model_name_or_path: a directory with a `model_index.json`, or a Hub id such as `owner/name`.
+            kwargs: as for any diffusers pipeline: `dtype`, `variant`, components by name, and for the Hub `revision`, `token`,
+                `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            FileNotFoundError: the name is neither a directory with a saved pipeline nor can it be fetched.
+            ValueError: its U-Net is of another class, or `use_safetensors=False` asks for pickled weights.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                f"use_safetensors={kwargs['use_safetensors']!r} would load pickled weights, which can run any code; "
+                "convert them to safetensors (save_pretrained writes them)"
+            )
+        components, _ = cls._get_signature_keys(cls)
+        directory = pipeline_files.fetch(str(pretrained_model_name_or_path), components, kwargs)
+        loaded: TextToVideoSwapPipeline = super().from_pretrained(str(directory), **kwargs)
+        if loaded.unet is not None:
+            loaded.unet.to(memory_format=torch.channels_last)
+        return loaded
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight of the text against no text (or the negative prompt) in the running call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call evaluates the U-Net with the negative prompt, too."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many evaluations of the U-Net the last call did or the running one does."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` to true in a callback to leave out the remaining steps."""
+        return self._interrupt
+
+    def check_inputs(self, prompt: str | list[str] | None, num_frames: int, height: int, width: int, **settings: Any) -> None:
+        """Raise what is wrong with the arguments of a call, before any work.
+
+        Args:
+            prompt, num_frames, height, width: as for `__call__`.
+            settings: any other argument of `__call__`; what is left out is not checked.
+
+        Raises:
+            ValueError: names the value and what would be valid.
+        """
+        levels = len(self.unet.config.block_out_channels) if self.unet is not None else 1
+        pipeline_inputs.check_size(num_frames, height, width, self.vae_scale_factor, levels)
+        texts = [settings.get(name) for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")]
+        pipeline_inputs.check_texts(prompt, *texts)
+        pipeline_inputs.check_settings(settings, self._callback_tensor_inputs)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_videos_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embed prompts and negative prompts, each repeated for the videos of a prompt.
+
+        Args:
+            prompt: one or several; not needed with `prompt_embeds`.
+            device: where the embeddings go; by default where the models run.
+            num_videos_per_prompt: how often each is repeated, one after the other.
+            do_classifier_free_guidance: whether negative prompts are embedded.
+            negative_prompt: one for all, or as many as prompts; nothing (the empty text) by default.
+            prompt_embeds, negative_prompt_embeds: (prompts, T, D) instead of texts.
+
+        Returns:
+            Both (prompts * num_videos_per_prompt, T, D); the second is `None` without guidance.
+
+        Raises:
+            ValueError: prompts and negative prompts differ in number or, embedded, in shape.
+        """
+        pipeline_inputs.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        device = device or self._execution_device
+        prompt_embeds = self._embeddings(prompt, prompt_embeds, num_videos_per_prompt, device)
+        if not do_classifier_free_guidance:
+            return prompt_embeds, None
+        if negative_prompt_embeds is None:
+            count = len(prompt_embeds) // num_videos_per_prompt
+            negative_prompt = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+        negative_prompt_embeds = self._embeddings(negative_prompt, negative_prompt_embeds, num_videos_per_prompt, device)
+        pipeline_inputs.check_alike(prompt_embeds, negative_prompt_embeds)
+        return prompt_embeds, negative_prompt_embeds
+
+    def _embeddings(
+        self, texts: str | list[str] | None, embeds: torch.Tensor | None, repeats: int, device: torch.device
+    ) -> torch.Tensor:
+        if embeds is None:
+            embeds = self._embed([texts] if isinstance(texts, str) else list(texts or ()), device)
+        dtype = self.unet.dtype if self.unet is not None else embeds.dtype
+        return embeds.to(device=device, dtype=dtype).repeat_interleave(repeats, dim=0)
+
+    def _embed(self, texts: list[str], device: torch.device) -> torch.Tensor:
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        for text, whole in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
+            if len(whole) > length:
+                # The end token takes the last place, so the first token that is lost is the one before it.
+                lost = self.tokenizer.decode(whole[length - 1 : -1])
+                logger.warning("a prompt of %d tokens, %d are read; left out: %r of %r", len(whole), length, lost, text)
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(device) if masked else None
+        embedded: torch.Tensor = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        return embedded
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_frames: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Generators | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The noise that denoising starts from, (B, C, F, height / 8, width / 8), at the deviation that the scheduler wants.
+
+        Args:
+            batch_size: videos.
+            num_frames, height, width: of a video; height and width in pixels.
+            dtype, device: of the latents.
+            generator: one for all videos, or one for each, which makes a video independent of the others.
+            latents: noise of deviation one to use instead of drawing any.
+
+        Raises:
+            ValueError: the number of generators, or the shape of `latents`, is not that of the videos.
+        """
+        factor = self.vae_scale_factor
+        shape = (batch_size, self.unet.config.in_channels, num_frames, height // factor, width // factor)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators were given for {batch_size} videos; give one for all, or as many as "
+                "prompts times num_videos_per_prompt"
+            )
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"the latents have the shape {tuple(latents.shape)}; for these videos it is {shape}")
+        noise: torch.Tensor = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return noise
+
+    def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
+        """Decode latents frame by frame.
+
+        Args:
+            latents: (B, C, F, H, W), of deviation one.
+            decode_chunk_size: frames that the VAE decodes at once; fewer need less memory.
+
+        Returns:
+            Float32 (B, 3, F, 8 * H, 8 * W), about -1 to 1.
+        """
+        batch, frames = latents.shape[0], latents.shape[2]
+        images = latents.permute(0, 2, 1, 3, 4).flatten(0, 1).to(self.vae.dtype) / self.vae.config.scaling_factor
+        images = images + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        parts = torch.split(images, decode_chunk_size)
+        pictures = torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts])
+        return pictures.reshape(batch, frames, *pictures.shape[1:]).permute(0, 2, 1, 3, 4)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 9.0,
+        negative_prompt: str | list[str] | None = None,
+        num_videos_per_prompt: int = 1,
+        guidance_rescale: float = 0.0,
+        eta: float = 0.0,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        generator: Generators | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        decode_chunk_size: int = 16,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> TextToVideoSwapPipelineOutput | tuple[Any]:
+        """Make videos.
+
+        Args:
+            prompt: what to show; a list for several videos.
+            num_frames: frames of a video; 1 makes pictures. The pipeline's `default_frames` by default.
+            height, width: in pixels, multiples of the VAE's factor (8). The pipeline's defaults by default.
+            num_inference_steps: steps from noise to video.
+            guidance_scale: weight of the text; up to 1 the U-Net is evaluated without the negative prompt, in half the time.
+            negative_prompt: what not to show; one for all, or as many as prompts.
+            num_videos_per_prompt: videos of each prompt, with noise of their own.
+            guidance_rescale: 0 to 1; above 0 against overexposure by strong guidance (Lin et al. 2023, section 3.4).
+            eta: noise that DDIM adds in every step, 0 to 1; other schedulers do without.
+            timesteps, sigmas: the steps themselves instead of their number, for schedulers that take them.
+            generator: of the noise; a list has one for every video, which then does not depend on the others in the batch.
+            latents: noise instead, (B, C, F, height / 8, width / 8).
+            prompt_embeds, negative_prompt_embeds: instead of the texts, (prompts, T, D), see `encode_prompt`.
+            output_type: `pil`, `np`, `pt` or `latent`, see `TextToVideoSwapPipelineOutput`.
+            return_dict: whether to return an object, else a tuple of the frames alone.
+            decode_chunk_size: frames that the VAE decodes at once.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after every step; tensors in the dict that it
+                returns replace those of the call.
+            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it is given.
+
+        Raises:
+            ValueError: an argument is not valid; the message names it and what would be.
+        """
+        # 1. What was asked for
+        num_frames = self.config.default_frames if num_frames is None else num_frames
+        height = self.config.default_height if height is None else height
+        width = self.config.default_width if width is None else width
+        given = {
+            name: value for name, value in locals().items() if name not in ("self", "prompt", "num_frames", "height", "width")
+        }
+        self.check_inputs(prompt, num_frames, height, width, **given)
+        self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
+        device = self._execution_device
+
+        # 2. The text
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            device,
+            num_videos_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
+
+        # 3. The steps and the noise
+        steps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        size = (len(prompt_embeds), num_frames, height, width)
+        latents = self.prepare_latents(*size, prompt_embeds.dtype, device, generator, latents)
+
+        # 4. From noise to latents
+        step_settings = self._step_settings(eta, generator)
+        tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        latents = self._denoise(tensors, steps, step_settings, callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+        # 5. From latents to pictures
+        if output_type == "latent":
+            frames = latents
+        else:
+            video = self.decode_latents(latents, decode_chunk_size)
+            frames = self.video_processor.postprocess_video(video, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return TextToVideoSwapPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _step_settings(self, eta: float, generator: Generators | None) -> dict[str, Any]:
+        """The arguments of `scheduler.step` that this scheduler knows."""
+        known = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in known}
+
+    def _denoise(
+        self,
+        tensors: Tensors,
+        steps: torch.Tensor,
+        step_settings: dict[str, Any],
+        callback: StepCallback | None,
+        callback_inputs: Sequence[str],
+    ) -> torch.Tensor:
+        """Take every step; `tensors` are `_callback_tensor_inputs` by name, and a callback may exchange them."""
+        self._num_timesteps = len(steps)
+        latents: torch.Tensor = tensors["latents"]
+        with self.progress_bar(total=len(steps)) as progress:
+            for number, step in enumerate(steps):
+                if self.interrupt:
+                    continue
+                prediction = self._predict(latents, step, tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
+                moved = self.scheduler.step(prediction, step, latents, **step_settings, return_dict=False)[0]
+                # Some schedulers compute in float32 and return it.
+                tensors["latents"] = moved.to(latents.dtype)
+                if callback is not None:
+                    seen = {name: tensors[name] for name in callback_inputs}
+                    tensors.update(callback(self, number, step, seen) or {})
+                latents = tensors["latents"]
+                progress.update()
+        return latents
+
+    def _predict(
+        self, latents: torch.Tensor, step: torch.Tensor, prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The U-Net's prediction at one step, guided by the text."""
+        texts = prompt_embeds
+        if self.do_classifier_free_guidance and negative_prompt_embeds is not None:
+            texts = torch.cat([negative_prompt_embeds, prompt_embeds])
+            latents = torch.cat([latents, latents])
+        noisy = self.scheduler.scale_model_input(latents, step)
+        prediction: torch.Tensor = self.unet(noisy, step, encoder_hidden_states=texts, return_dict=False)[0]
+        if texts is prompt_embeds:
+            return prediction
+        without, with_text = prediction.chunk(2)
+        prediction = without + self.guidance_scale * (with_text - without)
+        if self._guidance_rescale > 0:
+            prediction = rescale_noise_cfg(prediction, with_text, guidance_rescale=self._guidance_rescale)
+        return prediction

@@ -1,0 +1,83 @@
+"""Where a saved pipeline lies: a local directory, or one that is fetched from the Hugging Face Hub first.
+
+diffusers does not load a component of another package straight from the Hub, not even one whose module is imported; from a
+directory it does.
+"""
+
+import json
+from collections.abc import Collection, MutableMapping
+from pathlib import Path
+from typing import Any
+
+INDEX = "model_index.json"
+
+_TEXTS = ("*.json", "*.txt", "*.model")
+_WEIGHTS = ("diffusion_pytorch_model", "model")
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def fetch(name: str, components: Collection[str], options: MutableMapping[str, Any]) -> Path:
+    """The directory of the saved pipeline `name`, fetched first where it is a Hub id.
+
+    Of a Hub repository come the configurations, tokenizer files and safetensors weights in the folders of `components`, and nothing
+    else. With `variant`, the plain weights come, too, for components that have no such variant.
+
+    Args:
+        name: a directory or a Hub id.
+        components: names of the pipeline's components.
+        options: arguments of `from_pretrained`; those of the Hub are used here and taken out, components that are passed there are
+            not fetched.
+
+    Raises:
+        FileNotFoundError: there is no such pipeline here or on the Hub, or it cannot be reached.
+        ValueError: its U-Net is of another class, and none is passed.
+    """
+    hub = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
+    wanted = [component for component in components if component not in options]
+    directory = Path(name)
+    if directory.is_dir():
+        if not (directory / INDEX).is_file():
+            found = ", ".join(sorted(path.name for path in directory.iterdir())[:10]) or "nothing"
+            raise FileNotFoundError(
+                f"{name} holds no {INDEX}, so it is no saved pipeline (it holds {found}); "
+                "a U-Net alone is loaded with SwapUNet.from_pretrained and passed as unet="
+            )
+        _check_unet(directory, wanted)
+        return directory
+    directory = _snapshot(name, [INDEX], hub)
+    if not (directory / INDEX).is_file():
+        raise FileNotFoundError(f"the Hub's repository {name} holds no {INDEX}, so it is no saved pipeline")
+    _check_unet(directory, wanted)
+    return _snapshot(name, [INDEX, *_patterns(wanted, options.get("variant"))], hub)
+
+
+def _patterns(components: Collection[str], variant: str | None) -> list[str]:
+    """Patterns of the files that these components are loaded from."""
+    files = [*_TEXTS, *(f"{weights}{part}.safetensors" for weights in _WEIGHTS for part in ("", "-*"))]
+    if variant is not None:
+        files += [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"]
+    return [f"{component}/{file}" for component in components for file in files]
+
+
+def _snapshot(name: str, patterns: list[str], hub: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{name} is no directory, and cannot be the name of a repository on the Hub") from error
+    except (OSError, ValueError) as error:
+        # Whatever the client meets (no network, no such repository, no permission, nothing in the cache) derives from these.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FileNotFoundError(f"{name} is no directory, and could not be fetched from the Hub: {reason}") from error
+
+
+def _check_unet(directory: Path, wanted: Collection[str]) -> None:
+    """Whether the U-Net of the saved pipeline, if it is wanted, is ours."""
+    entry = json.loads((directory / INDEX).read_text(encoding="utf-8")).get("unet")
+    found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    ways = {"UNet2DConditionModel": "from_unet2d", "UNet3DConditionModel": "from_unet3d"}
+    if "unet" in wanted and found not in (None, "SwapUNet"):
+        hint = f'; start from it with unet=SwapUNet.{ways[found]}({str(directory)!r}, subfolder="unet")' if found in ways else ""
+        raise ValueError(f"the pipeline in {directory} has a U-Net of the class {found}, not SwapUNet{hint}")
