@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 
 from .kernels import plain
 
 CHANNELS = 64  # of one tile: 128 bytes in half precision, a memory transaction
 CHUNKS = 32  # tiles that are joined at a time
+MOST_SAMPLES = 65_535  # of a launch: CUDA's limit for the last axis of a grid
 
 
 @triton.jit
@@ -284,14 +286,17 @@ _operator.register_autograd(
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs: Any) -> torch.Tensor:
-        result = _forward(plain, *inputs)
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device, wherever the tensors are
+            result = _forward(plain, *inputs)
         _save(ctx, inputs, result)
         return result[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, mean, deviation, scale, shift = ctx.saved_tensors
-        return _of_inputs(ctx, _gradients(plain, x, mean, deviation, scale, shift, grad, ctx.silu))
+        with torch.cuda.device_of(x):
+            return _of_inputs(ctx, _gradients(plain, x, mean, deviation, scale, shift, grad, ctx.silu))
 
 
 def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool) -> torch.Tensor:

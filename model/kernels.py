@@ -8,6 +8,7 @@ they lie. All are PyTorch operators, seen by `torch.compile`; nothing here is ne
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 
 # Beyond this the tile of one position no longer fits the registers of a warp, and general kernels are as good.
@@ -23,7 +24,7 @@ def _offsets(frames, positions, heads, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     head = program % heads
     position = (program // heads) % positions
     clip = program // (heads * positions)
-    rows = tl.arange(0, ROWS)
+    rows = tl.arange(0, ROWS).to(tl.int64)
     first = ((clip * frames * positions + position) * heads + head) * WIDTH
     return first + rows[:, None] * (positions * heads * WIDTH) + tl.arange(0, WIDTH)[None, :], rows[:, None] < frames
 
@@ -117,11 +118,14 @@ class _AttendOverTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
-        return _attend_forward(plain, query, key, value)
+        with torch.cuda.device_of(query):  # Triton launches on the current device, wherever the tensors are
+            return _attend_forward(plain, query, key, value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _attend_gradients(plain, *ctx.saved_tensors, grad)
+        with torch.cuda.device_of(grad):
+            return _attend_gradients(plain, *ctx.saved_tensors, grad)
 
 
 def attend_over_time(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -196,12 +200,15 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(projected)
-        return _gate_forward(plain, projected)
+        with torch.cuda.device_of(projected):
+            return _gate_forward(plain, projected)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         (projected,) = ctx.saved_tensors
-        return _gate_gradient(plain, projected, grad)
+        with torch.cuda.device_of(grad):
+            return _gate_gradient(plain, projected, grad)
 
 
 def gate(projected: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from unittest import mock
 
+import pytest
 import torch
 from torch.nn import functional
 
@@ -48,6 +49,8 @@ def errors(ours: Operation, reference: Operation, *inputs: torch.Tensor) -> list
     ):
         assert torch.equal(eager, operator)
     expected_all = [expected, *torch.autograd.grad(expected, exact, grad)]
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        torch.autograd.grad(torch.autograd.grad(ours(*inputs).sum(), inputs[0], create_graph=True)[0].sum(), inputs[0])
     with torch.no_grad():
         assert torch.equal(ours(*inputs), found)
     return [float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in zip(found_all, expected_all, strict=True)]

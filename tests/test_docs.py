@@ -21,6 +21,7 @@ from typer.main import get_command
 from videofactory.curation.caption import load_captioner
 from videofactory.curation.guard import ERRORS
 from videofactory.curation.signals import Frame, Signal
+from videofactory.model.generate import app as generate_app
 from videofactory.pipelines import reference
 from videofactory.pipelines.cli import app
 from videofactory.pipelines.recipe import Recipe, changed_content, load_recipe
@@ -92,6 +93,7 @@ def variants(base: dict[str, Any], keys: list[str]) -> Iterator[Recipe]:
 
 class TestCommands:
     command = get_command(app)
+    generate = get_command(generate_app)
 
     def check(self, line: str) -> None:
         """That `line` is a command of ours which its parser takes, a target of the Makefile, or a module that exists."""
@@ -107,6 +109,8 @@ class TestCommands:
                 assert re.search(known, makefile, re.MULTILINE), f"the Makefile knows no {argument!r} ({line})"
         elif program in ("python", "python3") and arguments[:1] == ["-m"]:
             assert importlib.util.find_spec(arguments[1]), line
+            if arguments[1] == "videofactory.model.generate":
+                self.generate.make_context("generate", arguments[2:])
         elif program == "pre-commit":
             assert arguments == ["install"] and (ROOT / ".pre-commit-config.yaml").exists()
         else:
@@ -143,7 +147,7 @@ class TestCommands:
                 self.check_options(words[:1], self.known_options())
 
     def known_options(self) -> set[str]:
-        commands = self.command.commands.values()  # type: ignore[attr-defined]
+        commands = [*self.command.commands.values(), self.generate]  # type: ignore[attr-defined]
         return {option for command in commands for parameter in command.params for option in parameter.opts}
 
     def check_options(self, words: list[str], known: set[str]) -> None:
@@ -163,6 +167,7 @@ class TestCommands:
             "make no-such-target",
             "make build-dataset NO_SUCH=1",
             "python -m videofactory.nothing",
+            "python -m videofactory.model.generate x --no-such-option",
             "rm -rf x",
         ],
     )
@@ -192,7 +197,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_named_files_and_tests_exist() -> None:
     for path in DOCUMENTS:
         for file, test in re.findall(
-            r"`((?:curation|shards|pipelines|tests)/[\w/]+\.py)(?:::(\w+))?`", path.read_text(encoding="utf-8")
+            r"`((?:curation|shards|pipelines|model|tests)/[\w/]+\.py)(?:::(\w+))?`", path.read_text(encoding="utf-8")
         ):
             assert (ROOT / file).exists(), f"{names(path)} names {file}"
             assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{names(path)} names {file}::{test}"
