@@ -39,7 +39,8 @@ from videofactory.model.benchmark.measure import (
     kernel_group,
     largest_difference,
 )
-from videofactory.model.benchmark.subjects import OURS, OURS_WITHOUT_SWAP, PEER, SMALL, Size, build
+from videofactory.model.benchmark.memory import training_bytes
+from videofactory.model.benchmark.subjects import OURS, OURS_WITHOUT_SWAP, PEER, SMALL, Size, build, build_bare
 
 CPU = torch.device("cpu")
 SIZE = SMALL.sizes[0]
@@ -68,7 +69,7 @@ def test_a_run_without_gpu_says_so_and_prints_every_section(whole: tuple[str, di
     said, _ = whole
     assert "No GPU" in said
     assert "not judged" in said
-    assert all(f"-- {section}\n" in said for section in benchmark.SECTIONS)
+    assert all(f"-- {section}\n" in said for section in benchmark.DEFAULT_SECTIONS)
     for wanted in ("copy ", "GFLOP per clip", "share of swap attention in a training step", "ms in all", "_native_math", "2x4x6"):
         assert wanted in said
     assert "section failed" not in said
@@ -253,3 +254,13 @@ def test_wrong_options_are_refused_with_the_way_out(tmp_path: Path, capsys: pyte
         with pytest.raises(SystemExit):
             benchmark.main(arguments)
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_computed_on_shapes() -> None:
+    scale = replace(
+        SMALL, channels=(8, 8), attention_levels=(False, False), windows=((2, 2, 2), (2, 2, 2)), sizes=(Size(4, 16, 16),)
+    )
+    weights = 2 * sum(parameter.numel() for parameter in build_bare(OURS, scale, torch.device("meta")).parameters())
+    plain, lean = (training_bytes(OURS, scale, 2, checkpointing) for checkpointing in (False, True))
+    assert 2 * weights < lean < 0.9 * plain

@@ -23,7 +23,11 @@ from .goals import Outcome, SwapShare, judge, table
 from .measure import machine_facts
 from .subjects import FULL, SMALL, Scale, Size
 
-SECTIONS = ("ceilings", "forward", "training", "share", "profile", "backends", "sizes")
+DEFAULT_SECTIONS = ("ceilings", "forward", "training", "share", "profile", "backends", "sizes")
+SECTIONS = (*DEFAULT_SECTIONS, "memory")
+_SECTIONS_HELP = (
+    f"in this order: {','.join(DEFAULT_SECTIONS)}; or memory, computed on shapes in many minutes, with --full also without a GPU"
+)
 _KERNELS_KEPT = 100
 
 
@@ -42,6 +46,7 @@ class Report:
         self.ceilings: dict[str, float] = {}
         self.share: SwapShare | None = None
         self.backends: list[sections.BackendRow] = []
+        self.memory: dict[str, int] = {}
         self.goals: list[Outcome] = []
 
     def say(self, line: str) -> None:
@@ -62,6 +67,7 @@ class Report:
             "rows": [_row_as_dict(row) for row in rows],
             "share": asdict(self.share) if self.share else None,
             "backends": [asdict(row) for row in self.backends],
+            "computed_training_bytes": self.memory,
             "goals": [asdict(outcome) for outcome in self.goals],
         }
 
@@ -80,12 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.backends.cudnn.benchmark = options.cudnn_benchmark
-    scale = _scale(options, FULL if on_gpu and not options.small else SMALL)
+    scale = _scale(options, FULL if options.full or (on_gpu and not options.small) else SMALL)
     facts = machine_facts(device)
     report = Report(options.json, {"machine": facts, "scale": scale.name, "dtype": str(dtype), "options": _plain(options)})
     report.say(", ".join(f"{name} {value}" for name, value in facts.items()))
     if not on_gpu:
-        report.say("No GPU: a small width and size in float32 on the processor. Nothing here says how fast the model is.")
+        width = "the full width" if options.full else "a small width and size"
+        report.say(f"No GPU: {width} in float32 on the processor. Nothing here says how fast the model is.")
     report.say(f"{scale.name}, {dtype}, clips of {' and '.join(map(str, scale.sizes))}, random weights and inputs")
     budget = Budget(options.budget, GPU_GUESSES if on_gpu else CPU_GUESSES)
     report.runner = Runner(device, dtype, scale, _settings(options), budget, report.say)
@@ -115,6 +122,8 @@ def _run_section(section: str, report: Report, runner: Runner, choice: sections.
         report.share = sections.share(runner, choice)
     elif section == "profile":
         sections.kernel_profile(runner, choice)
+    elif section == "memory":
+        sections.memory(runner, report.memory)
     elif section == "backends":
         sections.backends(runner, report.backends.append)
     else:
@@ -183,7 +192,7 @@ def _size(text: str) -> str:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m videofactory.model.benchmark", description=__doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--only", type=_section_list, default=list(SECTIONS), metavar="SECTIONS", help=f"in this order: {','.join(SECTIONS)}")
+    add("--only", type=_section_list, default=list(DEFAULT_SECTIONS), metavar="SECTIONS", help=_SECTIONS_HELP)
     add("--size", type=_size, action="append", metavar="HxW", help="latent size, or FxHxW; repeatable, goals hold for the first")
     add("--batch", type=_positive, action="append", metavar="CLIPS", help="repeatable; replaces all batches of the sections")
     add("--training-batch", type=_positive, action="append", metavar="CLIPS", help="likewise for training steps alone")
@@ -192,6 +201,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all figures there as well")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
     add("--small", action="store_true", help="the small width on a GPU too, to see that everything runs")
+    add("--full", action="store_true", help="the full width without a GPU too; for the section memory")
     add("--peer", action=switch, default=True, help="measure diffusers' model")
     add("--compile", action=switch, default=True, help="run compiled cases")
     add("--compile-peer", action="store_true", help="compile diffusers' model too")

@@ -13,6 +13,7 @@ from torch import nn
 from .cases import COMPILED, EAGER, EAGER_GRAPH, FORWARD, GRAPH, TRAINING, Case, Row, Runner, predict, reason
 from .goals import SwapShare, swap_share
 from .measure import KERNEL_GROUPS, Timing, copy_rate, largest_difference, release_memory, synchronise, time_runs
+from .memory import training_bytes
 from .subjects import OURS, OURS_WITHOUT_SWAP, PEER, Inputs, Size, make_inputs
 
 _KERNELS_SHOWN = 25
@@ -160,6 +161,16 @@ def group_totals(row: Row) -> dict[str, tuple[float, float]]:
         milliseconds, count = totals[kernel.group]
         totals[kernel.group] = (milliseconds + kernel.milliseconds, count + kernel.launches)
     return totals
+
+
+def memory(runner: Runner, keep: dict[str, int]) -> None:
+    """Memory of an eager training step, computed on shapes; minutes for each row."""
+    for subject, checkpointing in ((PEER, False), (OURS, False), (OURS, True)):
+        name = f"{subject}{', checkpointing' * checkpointing}"
+        scale = runner.scale
+        keep[name] = training_bytes(subject, scale, scale.training_batches[0], checkpointing)
+        size, batch = scale.sizes[0], scale.training_batches[0]
+        runner.say(f"training {size} batch {batch}: {name}: {keep[name] / 1e9:.4g} GB, computed")
 
 
 def backends(runner: Runner, keep: Callable[[BackendRow], None]) -> None:
