@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from . import sections
 from .cases import CPU_GUESSES, GPU_GUESSES, Budget, Row, Runner, Settings, reason
@@ -82,6 +83,7 @@ def _row_as_dict(row: Row) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 1 if a goal was missed, else 0."""
     options = _options(arguments)
+    logging.set_verbosity_error()  # that backends are experimental, once for each of them
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.say(f"No GPU: {width} in float32 on the processor. Nothing here says how fast the model is.")
     report.say(f"{scale.name}, {dtype}, clips of {' and '.join(map(str, scale.sizes))}, random weights and inputs")
     budget = Budget(options.budget, GPU_GUESSES if on_gpu else CPU_GUESSES)
-    report.runner = Runner(device, dtype, scale, _settings(options), budget, report.say)
+    report.runner = Runner(device, dtype, scale, _settings(options, on_gpu), budget, report.say)
     for section in options.only:
         report.say(f"-- {section}")
         try:
@@ -143,10 +145,10 @@ def _scale(options: argparse.Namespace, scale: Scale) -> Scale:
     return scale
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def _settings(options: argparse.Namespace, on_gpu: bool) -> Settings:
     return Settings(
         seconds=options.seconds,
-        compile=options.compile,
+        compile=on_gpu if options.compile is None else options.compile,
         compile_blocks=options.compile_blocks,
         compile_mode=options.compile_mode,
         channels_last=options.channels_last,
@@ -203,7 +205,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--small", action="store_true", help="the small width on a GPU too, to see that everything runs")
     add("--full", action="store_true", help="the full width without a GPU too; for the section memory")
     add("--peer", action=switch, default=True, help="measure diffusers' model")
-    add("--compile", action=switch, default=True, help="run compiled cases")
+    add(
+        "--compile",
+        action=switch,
+        default=None,
+        help="run compiled cases (default: on a GPU; a processor compiles for many minutes)",
+    )
     add("--compile-peer", action="store_true", help="compile diffusers' model too")
     add("--compile-blocks", action="store_true", help="compile the repeated blocks of ours in place of the whole model")
     add("--compile-mode", default="default", help="mode of torch.compile")

@@ -178,7 +178,7 @@ def backends(runner: Runner, keep: Callable[[BackendRow], None]) -> None:
 
     Backends that would be downloaded (`*_hub`) are left out. `keep` gets each row as soon as it is there.
     """
-    from diffusers.models.attention_dispatch import AttentionBackendName
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
     names = [backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub")]
     # The reference first; compiling last, since it may leave the blocks of the model compiled.
@@ -187,12 +187,14 @@ def backends(runner: Runner, keep: Callable[[BackendRow], None]) -> None:
     model = runner.build(OURS).eval()
     inputs = make_inputs(runner.scale, runner.scale.sizes[0], _BACKEND_BATCH, runner.device, runner.dtype)
     reference: torch.Tensor | None = None
-    for name in names:
-        row, output = _backend(runner, model, inputs, name, reference)
-        reference = output if name == _NATIVE else reference
-        release_memory(runner.device)  # here, where an error no longer holds the tensors of the step that failed
-        keep(row)
-        runner.say(f"  {row}")
+    # What is set for a model, diffusers makes the default of the process, too; afterwards it is again what it was.
+    with attention_backend(_NATIVE):
+        for name in names:
+            row, output = _backend(runner, model, inputs, name, reference)
+            reference = output if name == _NATIVE else reference
+            release_memory(runner.device)  # here, where an error no longer holds the tensors of the step that failed
+            keep(row)
+            runner.say(f"  {row}")
 
 
 def _backend(
@@ -211,7 +213,6 @@ def _backend(
         except Exception as error:  # noqa: BLE001 - the other backends are still wanted
             return BackendRow(name, execution, reason(error)), None
         finally:
-            # diffusers also makes it the backend of all models that were given none.
             cast(Any, model).reset_attention_backend()
     difference = 0.0 if name == _NATIVE else math.nan if reference is None else largest_difference(output, reference)
     return BackendRow(name, execution, "", timing.milliseconds, difference), output
