@@ -117,7 +117,7 @@ def test_share_and_kernels_are_of_the_same_step(whole: tuple[str, dict[str, Any]
 
 
 def test_a_budget_that_is_spent_skips_every_row_and_says_so() -> None:
-    said = run("--only", "forward,training", "--budget", "0")
+    said = run("--only", "forward,training", "--budget", "0", "--compile")
     rows = [line for line in said.splitlines() if line.startswith(("forward ", "training "))]
     assert len(rows) >= 6
     assert all("skipped: about" in row for row in rows)
