@@ -237,7 +237,7 @@ def _gradients(
     """The gradients of x, and of weight and bias in float32."""
     x, grad = x.contiguous(), grad.contiguous()
     groups = mean.shape[1]
-    middle = mean[:, :, None].expand(-1, -1, x.shape[2] // groups).flatten(1)
+    middle = mean.repeat_interleave(x.shape[2] // groups, dim=1)  # contiguous, as the kernel reads it
     sums, products = _per_tile(x), _per_tile(x)
     _tiles(wrap, _sums_kernel, x, grad, scale, shift, middle, sums, products, SILU=silu)
     total, product, slope, level = (torch.empty_like(scale) for _ in range(4))

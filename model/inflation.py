@@ -111,7 +111,7 @@ def _load(parent_class: type, unet: Any, subfolder: str | None) -> Any:
     found = parent_class.load_config(unet, subfolder=subfolder).get("_class_name", parent_class.__name__)  # type: ignore[attr-defined]
     if found != parent_class.__name__:
         raise ValueError(f"The checkpoint {str(unet)!r} is of the class {found}; this needs a {parent_class.__name__}.")
-    return parent_class.from_pretrained(unet, subfolder=subfolder)  # type: ignore[attr-defined]
+    return parent_class.from_pretrained(unet, subfolder=subfolder, use_safetensors=True)  # type: ignore[attr-defined]
 
 
 def _check_usual(parent: Any, usual: dict[str, Any]) -> None:

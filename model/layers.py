@@ -29,7 +29,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, ..., C) to the same shape."""
         tokens = hidden.flatten(1, -2)
-        if group_norm is not None and hidden.is_cuda and len(hidden) <= group_norm.MOST_SAMPLES:
+        ours = group_norm is not None and hidden.is_cuda and hidden.dtype != torch.float64
+        if ours and len(hidden) <= group_norm.MOST_SAMPLES:
             normed = group_norm.group_norm(tokens, self.weight, self.bias, self.num_groups, self.eps, self.silu)
         else:
             normed = super().forward(tokens.transpose(1, 2)).transpose(1, 2)
@@ -102,7 +103,7 @@ class GatedProjection(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., channels) to (..., inner_channels)."""
         projected = self.proj(hidden)
-        if kernels is not None and projected.is_cuda:
+        if kernels is not None and projected.is_cuda and projected.dtype != torch.float64:
             return kernels.gate(projected)
         opened, gate = projected.chunk(2, dim=-1)
         return opened * functional.gelu(gate)

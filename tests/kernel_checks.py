@@ -65,7 +65,12 @@ def main() -> None:
             tensors = [torch.randn(2, frames, 3, 2, width, dtype=dtype) for _ in range(3)]
             results[f"attention {frames} {width} {dtype}"] = errors(kernels.attend_over_time, attention, *tensors)
         results[f"gate {dtype}"] = errors(kernels.gate, gate, torch.randn(3, 70, 24, dtype=dtype))
-        for samples, tokens, channels, groups, silu in ((2, 5, 32, 8, True), (3, 70, 96, 8, False), (1, 4200, 64, 32, True)):
+        for samples, tokens, channels, groups, silu in (
+            (2, 5, 32, 8, True),
+            (3, 70, 96, 8, False),
+            (2, 20, 64, 1, True),
+            (1, 4200, 64, 32, True),
+        ):
             x = torch.randn(samples, tokens, channels, dtype=dtype) * 2 + 3  # a mean that would cancel digits, were it squared
             weights = [torch.randn(channels, dtype=dtype) for _ in range(2)]
 
