@@ -1,7 +1,6 @@
 """The pipeline over the miniature: seeds, batches, callbacks, schedulers, sizes, files, the Hub, and every message of an error."""
 
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -20,26 +19,7 @@ from videofactory.model.pipeline import TextToVideoSwapPipeline
 
 from .model_pipelines import SMALL, TINY_UNET, make_video, seeded, small_pipeline
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Several threads on tensors as small as these wait for each other more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shared() -> TextToVideoSwapPipeline:
-    return small_pipeline()
-
-
-@pytest.fixture
-def pipe(shared: TextToVideoSwapPipeline) -> Iterator[TextToVideoSwapPipeline]:
-    scheduler = shared.scheduler
-    yield shared
-    shared.scheduler = scheduler
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_seed_decides_the_video(pipe):

@@ -21,28 +21,9 @@ from diffusers import (
 from videofactory.model import miniature
 from videofactory.model.pipeline import TextToVideoSwapPipeline
 
-from .model_pipelines import TINY_UNET, make_video, small_pipeline
+from .model_pipelines import TINY_UNET, make_video
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Several threads on tensors as small as these wait for each other more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shared() -> TextToVideoSwapPipeline:
-    return small_pipeline()
-
-
-@pytest.fixture
-def pipe(shared: TextToVideoSwapPipeline) -> Iterator[TextToVideoSwapPipeline]:
-    scheduler = shared.scheduler
-    yield shared
-    shared.scheduler = scheduler
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _save(pipe: TextToVideoSwapPipeline, folder: Path) -> Path:
