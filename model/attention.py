@@ -96,8 +96,7 @@ class TimeAttnProcessor(VideoAttnProcessor):
         if kernels is None or not query.is_cuda or self._attention_backend is not None:
             return False
         chosen, _ = _AttentionBackendRegistry.get_active_backend()
-        fits = query.shape[1] <= kernels.MOST_FRAMES and query.shape[-1] in kernels.HEAD_DIMS
-        return fits and chosen == AttentionBackendName.NATIVE and query.dtype != torch.float64
+        return chosen == AttentionBackendName.NATIVE and kernels.fits(query)
 
 
 def make_attention(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 
-from .kernels import plain
+from .kernels import needs_gradient, parts, plain
 
 CHANNELS = 64  # of one tile: 128 bytes in half precision, a memory transaction
 CHUNKS = 32  # tiles that are joined at a time
@@ -64,13 +64,16 @@ def _normalize_kernel(x, y, scale, shift, tokens, channels, SILU: tl.constexpr, 
 
 
 @triton.jit
-def _grad_normed(values, grad, a, b, SILU: tl.constexpr):
-    """The gradient before the activation."""
+def _before_activation(x, grad, scale, shift, where, inside, vector, here, SILU: tl.constexpr):
+    """A tile of x, of the gradient before the activation, and the scale of its channels."""
+    values = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+    grads = tl.load(grad + where, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(scale + vector, mask=here, other=0.0)
     if SILU:
-        normed = values * a[None, :] + b[None, :]
+        normed = values * a[None, :] + tl.load(shift + vector, mask=here, other=0.0)[None, :]
         gate = tl.sigmoid(normed)
-        grad = grad * gate * (1.0 + normed * (1.0 - gate))
-    return grad
+        grads = grads * gate * (1.0 + normed * (1.0 - gate))
+    return values, grads, a
 
 
 @triton.jit
@@ -79,12 +82,8 @@ def _sums_kernel(
 ):
     """Sums over the rows of a tile of the gradient before the activation, and of its product with x minus its mean."""
     where, inside, vector, here = _tile(tokens, channels, ROWS, CHANNELS)
-    values = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
-    grads = tl.load(grad + where, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(scale + vector, mask=here, other=0.0)
-    b = tl.load(shift + vector, mask=here, other=0.0)
+    values, grads, _ = _before_activation(x, grad, scale, shift, where, inside, vector, here, SILU)
     middle = tl.load(mean + vector, mask=here, other=0.0)
-    grads = _grad_normed(values, grads, a, b, SILU)
     to = _partial(channels, CHANNELS)
     tl.store(sums + to, tl.sum(grads, axis=0), mask=here)
     tl.store(products + to, tl.sum(grads * (values - middle[None, :]), axis=0), mask=here)
@@ -95,13 +94,9 @@ def _gradient_kernel(
     x, grad, out, scale, shift, slope, level, tokens, channels, SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     where, inside, vector, here = _tile(tokens, channels, ROWS, CHANNELS)
-    values = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
-    grads = tl.load(grad + where, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(scale + vector, mask=here, other=0.0)
-    b = tl.load(shift + vector, mask=here, other=0.0)
+    values, grads, a = _before_activation(x, grad, scale, shift, where, inside, vector, here, SILU)
     through_variance = tl.load(slope + vector, mask=here, other=0.0)
     through_mean = tl.load(level + vector, mask=here, other=0.0)
-    grads = _grad_normed(values, grads, a, b, SILU)
     grads = grads * a[None, :] + values * through_variance[None, :] + through_mean[None, :]
     tl.store(out + where, grads.to(out.dtype.element_ty), mask=inside)
 
@@ -181,13 +176,13 @@ def _join_sums_kernel(
 
 def _rows(tokens: int) -> int:
     """Rows of a tile: many where there are many, so that few tiles are to be joined."""
-    return 128 if tokens >= 4096 else min(64, max(16, triton.next_power_of_2(tokens)))
+    return 128 if tokens >= 4096 else 64 if tokens > 32 else 32 if tokens > 16 else 16
 
 
 def _tiles(wrap, kernel, x: torch.Tensor, *arguments: torch.Tensor, **constants: bool) -> None:
     samples, tokens, channels = x.shape
     rows = _rows(tokens)
-    grid = (triton.cdiv(tokens, rows), triton.cdiv(channels, CHANNELS), samples)
+    grid = (parts(tokens, rows), parts(channels, CHANNELS), samples)
     wrap(kernel)[grid](x, *arguments, tokens, channels, **constants, ROWS=rows, CHANNELS=CHANNELS)
 
 
@@ -195,14 +190,14 @@ def _groups(wrap, kernel, x: torch.Tensor, groups: int, *arguments: torch.Tensor
     samples, tokens, channels = x.shape
     rows, width = _rows(tokens), channels // groups
     wrap(kernel)[(groups, samples)](
-        *arguments, tokens, channels, triton.cdiv(tokens, rows), **numbers,
+        *arguments, tokens, channels, parts(tokens, rows), **numbers,
         ROWS=rows, WIDTH=width, COLUMNS=triton.next_power_of_2(width), CHUNKS=CHUNKS,
     )  # fmt: skip
 
 
 def _per_tile(x: torch.Tensor) -> torch.Tensor:
     samples, tokens, channels = x.shape
-    return x.new_empty((samples, triton.cdiv(tokens, _rows(tokens)), channels), dtype=torch.float32)
+    return x.new_empty((samples, parts(tokens, _rows(tokens)), channels), dtype=torch.float32)
 
 
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -304,8 +299,10 @@ def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups
 
     Equals `torch.nn.functional.group_norm` on (N, C, S).
     """
+    inputs = (x, weight, bias, groups, eps, silu)
     if torch.compiler.is_compiling():
-        normed: torch.Tensor = _operator(x, weight, bias, groups, eps, silu)[0]
-    else:
-        normed = _GroupNorm.apply(x, weight, bias, groups, eps, silu)
-    return normed
+        return _operator(*inputs)[0]
+    if needs_gradient(x, weight, bias):
+        return _GroupNorm.apply(*inputs)
+    with torch.cuda.device_of(x):
+        return _forward(plain, *inputs)[0]

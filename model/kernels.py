@@ -14,6 +14,8 @@ from torch.library import triton_op, wrap_triton
 # Beyond this the tile of one position no longer fits the registers of a warp, and general kernels are as good.
 MOST_FRAMES = 64
 HEAD_DIMS = (16, 32, 64, 128)
+# Four tiles of the gradient lie in shared memory, of which GPUs outside of data centres have 99 KiB per program.
+MOST_TILE_BYTES = 16 * 1024
 BLOCK = 1024
 
 
@@ -67,14 +69,37 @@ def _attend_backward(
     tl.store(grad_k + where, tl.dot(tl.trans(grad_scores), query, input_precision="ieee").to(key.dtype), mask=exists)
 
 
+def parts(size: int, length: int) -> int:
+    """How many parts of at most `length` make up `size`."""
+    # Triton's own cdiv takes longer than launching a kernel.
+    return -(-size // length)
+
+
+def needs_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed from them is to be differentiated; without, autograd's functions only cost time."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def plain(kernel):
     """A kernel as it is, for eager execution. Within an operator, `wrap_triton` takes its place and lets compilers see the kernel."""
     return kernel
 
 
+def _rows(frames: int) -> int:
+    """Rows of a tile: tensor cores take 16 at least, and Triton powers of two."""
+    return 16 if frames <= 16 else 32 if frames <= 32 else 64
+
+
+def fits(query: torch.Tensor) -> bool:
+    """Whether `attend_over_time` takes queries of this shape, (B, F, P, heads, head_dim), and type."""
+    frames, width = query.shape[1], query.shape[-1]
+    small = query.dtype.itemsize <= 4 and _rows(frames) * width * query.dtype.itemsize <= MOST_TILE_BYTES
+    return 1 <= frames <= MOST_FRAMES and width in HEAD_DIMS and small
+
+
 def _launch(wrap, kernel, tensors: list[torch.Tensor]) -> None:
     clips, frames, positions, heads, width = tensors[0].shape
-    rows = max(16, triton.next_power_of_2(frames))
+    rows = _rows(frames)
     grid = (clips * positions * heads,)
     wrap(kernel)[grid](*tensors, frames, positions, heads, width**-0.5, ROWS=rows, WIDTH=width, num_warps=1 if rows <= 16 else 4)
 
@@ -129,11 +154,23 @@ class _AttendOverTime(torch.autograd.Function):
 
 
 def attend_over_time(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention along the second axis: all of shape (B, F, P, heads, head_dim), F at most 64, in half or single precision."""
+    """Attention along the second axis, all tensors of one shape (B, F, P, heads, head_dim) and type.
+
+    Raises:
+        ValueError: the shapes or types differ, or `fits` refuses them.
+    """
+    if not (query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype and fits(query)):
+        given = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (query, key, value))
+        raise ValueError(
+            f"Attention over time takes three tensors of one shape and type, 1 to {MOST_FRAMES} frames; given: {given}."
+        )
     # Compilers need an operator; calling one costs far more time than these kernels run, so eager execution does without.
-    attend = _attend_operator if torch.compiler.is_compiling() else _AttendOverTime.apply
-    attended: torch.Tensor = attend(query, key, value)
-    return attended
+    if torch.compiler.is_compiling():
+        return _attend_operator(query, key, value)
+    if needs_gradient(query, key, value):
+        return _AttendOverTime.apply(query, key, value)
+    with torch.cuda.device_of(query):
+        return _attend_forward(plain, query, key, value)
 
 
 @triton.jit
@@ -171,14 +208,14 @@ def _gate_forward(wrap, projected: torch.Tensor) -> torch.Tensor:
     projected = projected.contiguous()
     width = projected.shape[-1] // 2
     out = projected.new_empty((*projected.shape[:-1], width))
-    wrap(_gate_kernel)[(triton.cdiv(out.numel(), BLOCK),)](projected, out, out.numel(), width, BLOCK=BLOCK)
+    wrap(_gate_kernel)[(parts(out.numel(), BLOCK),)](projected, out, out.numel(), width, BLOCK=BLOCK)
     return out
 
 
 def _gate_gradient(wrap, projected: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     projected, grad = projected.contiguous(), grad.contiguous()
     out = torch.empty_like(projected)
-    grid = (triton.cdiv(grad.numel(), BLOCK),)
+    grid = (parts(grad.numel(), BLOCK),)
     wrap(_gate_backward_kernel)[grid](projected, grad, out, grad.numel(), grad.shape[-1], BLOCK=BLOCK)
     return out
 
@@ -213,5 +250,9 @@ class _Gate(torch.autograd.Function):
 
 def gate(projected: torch.Tensor) -> torch.Tensor:
     """`a * gelu(b)` of the two halves a, b of the last axis: (..., 2W) to (..., W); the exact GELU, in float32 inside."""
-    opened: torch.Tensor = (_gate_operator if torch.compiler.is_compiling() else _Gate.apply)(projected)
-    return opened
+    if torch.compiler.is_compiling():
+        return _gate_operator(projected)
+    if needs_gradient(projected):
+        return _Gate.apply(projected)
+    with torch.cuda.device_of(projected):
+        return _gate_forward(plain, projected)

@@ -53,19 +53,51 @@ def errors(ours: Operation, reference: Operation, *inputs: torch.Tensor) -> list
         torch.autograd.grad(torch.autograd.grad(ours(*inputs).sum(), inputs[0], create_graph=True)[0].sum(), inputs[0])
     with torch.no_grad():
         assert torch.equal(ours(*inputs), found)
-    return [float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in zip(found_all, expected_all, strict=True)]
+    pairs = [(a.detach().double(), b.detach()) for a, b in zip(found_all, expected_all, strict=True)]
+    return [float((a - b).norm() / (b.norm() or 1.0)) for a, b in pairs]  # a single frame has no gradient for its query
+
+
+def check_parts_of_the_gradient() -> None:
+    """A gradient that nobody asked for is left out, and those asked for do not change."""
+    x, weight, bias = torch.randn(2, 9, 32, device=DEVICE), *torch.randn(2, 32, device=DEVICE)
+
+    def result(*wanted: bool) -> list[torch.Tensor | None]:
+        given = [tensor.clone().requires_grad_(asked) for tensor, asked in zip((x, weight, bias), wanted, strict=True)]
+        group_norm.group_norm(*given, 4, 1e-5, True).sum().backward()
+        return [tensor.grad for tensor in given]
+
+    whole = result(True, True, True)
+    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
+        for found, expected, asked in zip(result(*wanted), whole, wanted, strict=True):
+            assert torch.equal(found, expected) if asked else found is None
+
+
+def check_refusals() -> None:
+    """What the kernel of attention over time cannot take is refused before it runs."""
+    query = torch.randn(1, 4, 3, 2, 16, device=DEVICE)
+    too_many = torch.randn(1, 65, 3, 2, 16, device=DEVICE)
+    for tensors in ((query, query[:, :3], query), (query, query, query.half()), (too_many,) * 3, (query[..., :7],) * 3):
+        with pytest.raises(ValueError, match="1 to 64 frames"):
+            kernels.attend_over_time(*tensors)
+    assert not kernels.fits(torch.empty(1, 64, 1, 1, 128))  # the gradient's tiles would fill the shared memory of small GPUs
+    assert not kernels.fits(query.double())
 
 
 def main() -> None:
     torch.manual_seed(0)
+    check_parts_of_the_gradient()
+    check_refusals()
     results: dict[str, list[float]] = {}
     # The interpreter multiplies no matrices of bfloat16.
     for dtype in (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ()):
-        for frames, width in ((2, 16), (5, 32), (16, 64), (21, 16), (40, 16)):
+        for frames, width in ((1, 16), (2, 16), (5, 32), (16, 64), (16, 128), (21, 16), (40, 16), (64, 64)):
             tensors = [torch.randn(2, frames, 3, 2, width, dtype=dtype) for _ in range(3)]
             results[f"attention {frames} {width} {dtype}"] = errors(kernels.attend_over_time, attention, *tensors)
+        scattered = [torch.randn(2, 3, 5, 2, 32, dtype=dtype).transpose(1, 2) for _ in range(3)]
+        results[f"attention scattered {dtype}"] = errors(kernels.attend_over_time, attention, *scattered)
         results[f"gate {dtype}"] = errors(kernels.gate, gate, torch.randn(3, 70, 24, dtype=dtype))
         for samples, tokens, channels, groups, silu in (
+            (2, 1, 32, 8, True),
             (2, 5, 32, 8, True),
             (3, 70, 96, 8, False),
             (2, 20, 64, 1, True),
@@ -78,6 +110,11 @@ def main() -> None:
                 return group_norm.group_norm(*inputs, groups, 1e-5, silu)
 
             results[f"norm {tokens} {silu} {dtype}"] = errors(ours, normed(groups, silu), x, *weights)
+        x = torch.randn(3, 64, 17, dtype=dtype).transpose(1, 2)
+        weights = [torch.randn(64, dtype=torch.float32) for _ in range(2)]  # as under autocast: weights wider than the features
+        results[f"norm scattered {dtype}"] = errors(
+            lambda *inputs: group_norm.group_norm(*inputs, 8, 1e-5, True), normed(8, True), x, *weights
+        )
     print(json.dumps(results))
 
 
