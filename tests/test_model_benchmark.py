@@ -250,7 +250,17 @@ def test_a_goal_whose_rows_are_missing_is_neither_met_nor_missed() -> None:
 
 
 def test_wrong_options_are_refused_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, said in ((["--only", "speed"], "choose from ceilings"), (["--batch", "0"], "whole number from 1")):
+    wrong: list[tuple[list[str], str]] = [
+        (["--only", "speed"], "choose from ceilings"),
+        (["--batch", "0"], "whole number from 1"),
+        (["--seconds", "nan"], "0 or more"),
+        (["--budget", "-1"], "0 or more"),
+        (["--json", str(tmp_path / "missing" / "figures.json")], "a directory that exists"),
+        (["--json", str(tmp_path)], "cannot be written"),
+    ]
+    if not torch.cuda.is_available():
+        wrong.append((["--device", "cuda"], "no NVIDIA GPU"))
+    for arguments, said in wrong:
         with pytest.raises(SystemExit):
             benchmark.main(arguments)
         assert said in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -183,6 +184,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, 0 or more")
+    return seconds
+
+
+def _device(text: str) -> str:
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            "PyTorch finds no NVIDIA GPU here; leave the option out to run a small size on the processor"
+        )
+    return text
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: give a file in a directory that exists")
+    return path
+
+
 def _size(text: str) -> str:
     try:
         Size.parse(text, frames=1)
@@ -198,10 +224,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--size", type=_size, action="append", metavar="HxW", help="latent size, or FxHxW; repeatable, goals hold for the first")
     add("--batch", type=_positive, action="append", metavar="CLIPS", help="repeatable; replaces all batches of the sections")
     add("--training-batch", type=_positive, action="append", metavar="CLIPS", help="likewise for training steps alone")
-    add("--budget", type=float, metavar="SECONDS", help="skip what no longer fits into this time")
-    add("--seconds", type=float, default=3.0, help="of each timing (default: 3)")
-    add("--json", type=Path, metavar="FILE", help="write all figures there as well")
-    add("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    add("--budget", type=_seconds, metavar="SECONDS", help="skip what no longer fits into this time")
+    add("--seconds", type=_seconds, default=3.0, help="of each timing (default: 3)")
+    add("--json", type=_writable, metavar="FILE", help="write all figures there as well")
+    add("--device", type=_device, choices=("cuda", "cpu"), help="default: the GPU if there is one")
     add("--small", action="store_true", help="the small width on a GPU too, to see that everything runs")
     add("--full", action="store_true", help="the full width without a GPU too; for the section memory")
     add("--peer", action=switch, default=True, help="measure diffusers' model")

@@ -82,7 +82,8 @@ class Row:
         clips_per_second: at the median.
         tflops: TFLOP/s at the median.
         of_matmul: `tflops` by the rate of the matrix product of this run.
-        peak_bytes: most device memory in use after the warm-up, weights included; None on a processor.
+        peak_bytes: most device memory in use after the warm-up, weights included; None on a processor, and where a graph was
+            captured, whose memory PyTorch counts when it is recorded and not when it is replayed.
         kernels: those of a step, longest first, where asked for.
         note: what else is to be said.
     """
@@ -254,7 +255,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         timing = time_runs(step, self.device, self.settings.seconds)
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" and not case.captured else None
         tflops = flops / timing.milliseconds / 1e9
         row = Row(
             case,
