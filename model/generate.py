@@ -1,7 +1,7 @@
 """`python -m videofactory.model.generate PROMPT… --out DIR`: videos from texts, a contact sheet, and a record to repeat the run.
 
-Exit codes: 0 done; 1 the memory did not suffice or a file could not be written; 2 wrong arguments or no such model, found before any
-work; 130 interrupted.
+Exit codes: 0 done; 1 the memory did not suffice, a file could not be written, or a video holds no numbers; 2 wrong arguments or no
+such model, found before any work; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import logging
 import platform
 import re
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -32,152 +31,45 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-MINIATURE = "miniature"
-SHEET, RECORD = "contact-sheet.png", "generate.json"
-SHEET_ROWS, SHEET_COLUMNS = 50, 8
+from videofactory.model.generate_models import (
+    MINIATURE,
+    Running,
+    check_attention_backend,
+    choose_device,
+    is_lack_of_memory,
+    load,
+    outline,
+    ways_to_less_memory,
+)
+from videofactory.model.generate_tasks import (
+    RECORD,
+    SHEET,
+    Settings,
+    Task,
+    check_outputs,
+    check_seeds,
+    plan,
+    read_prompts,
+)
+from videofactory.model.video_files import check_fps
 
-_SAVES_MEMORY = "these need less memory: --offload, --batch 1, fewer --frames, a smaller --height and --width, --dtype bf16"
+SHEET_ROWS, SHEET_COLUMNS = 50, 8
+MOST = 2**20
+"""Of videos, frames, pixels and steps each: more fit no memory, and overflow where sizes are multiplied."""
 
 app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 notes = Console(stderr=True, highlight=False)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run does with each prompt; `None` is the model's own."""
-
-    model: str
-    negative_prompt: str | None
-    steps: int
-    guidance_scale: float
-    guidance_rescale: float
-    frames: int | None
-    height: int | None
-    width: int | None
-    fps: float
-    seed: int
-    videos_per_prompt: int
-
-
-@dataclass(frozen=True)
-class Running:
-    """How a run is done; the videos are the same but for rounding."""
-
-    batch: int
-    device: str
-    dtype: str
-    offload: bool
-    compile: bool
-    attention_backend: str | None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One video to make: its file's name, its prompt and the seed of its noise."""
-
-    file: str
-    prompt: str
-    seed: int
-
-
-def plan(prompts: list[str], videos_per_prompt: int, seed: int) -> list[Task]:
-    """The videos of a run in order. Each has a seed of its own, so that it does not depend on the batch it is made in."""
-    texts = [prompt for prompt in prompts for _ in range(videos_per_prompt)]
-    digits = max(3, len(str(len(texts) - 1)))
-    return [Task(f"{number:0{digits}}-{slug(text)}.mp4", text, seed + number) for number, text in enumerate(texts)]
-
-
-def slug(text: str) -> str:
-    """`text` as a part of a file's name: at most 60 lower-case letters and digits with hyphens between words."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain)[:60].strip("-") or "video"
-
-
-def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of the file: one a line, empty lines left out.
-
-    Raises:
-        ValueError: there is none, one is empty, or the file is no text.
-        OSError: the file cannot be read.
-    """
-    prompts = list(given)
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError("no prompt; give one, e.g. 'a red circle', or a file of them with --prompts-file")
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"prompt {[bool(prompt.strip()) for prompt in prompts].index(False) + 1} is empty; leave it out")
-    return prompts
-
-
-def load(settings: Settings, running: Running) -> Any:
-    """The pipeline, where and how it is to run.
-
-    Raises:
-        OSError: there is no such model.
-        ValueError: the model is of another kind, or the machine or the U-Net cannot run it so.
-    """
-    import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[running.dtype]
-    if settings.model == MINIATURE:
-        from videofactory.model import miniature
-
-        pipeline = miniature.pipeline()
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-            # The models' own `to` warns of a cast that is right here.
-            torch.nn.Module.to(part, dtype)
-    else:
-        from videofactory.model.pipeline import TextToVideoSwapPipeline
-
-        pipeline = TextToVideoSwapPipeline.from_pretrained(settings.model, dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    if running.offload:
-        pipeline.enable_model_cpu_offload(device=running.device)
-    else:
-        pipeline.to(running.device)
-    if running.attention_backend is not None:
-        pipeline.unet.set_attention_backend(running.attention_backend)
-    if running.compile:
-        pipeline.unet.compile_repeated_blocks()
-    return pipeline
-
-
-def choose_device(device: str, dtype: str, offload: bool) -> tuple[str, str]:
-    """The device and the number format, `auto` resolved.
-
-    Raises:
-        ValueError: this machine has no such device, or none to offload from.
-    """
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} is not there: {reason}; leave it out to take what there is") from error
-    if offload and kind == "cpu":
-        raise ValueError("--offload moves models between a GPU and the CPU, and the device is the CPU; leave it out")
-    if dtype == "auto":
-        dtype = "fp32" if kind == "cpu" else "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
-    return device, dtype
-
-
 def make(
     pipeline: Any, tasks: list[Task], settings: Settings, batch: int, on_step: Callable[[], None]
 ) -> Iterator[tuple[Task, Any]]:
-    """Make the videos, `batch` at once, and yield each with its frames, uint8 (F, H, W, 3)."""
+    """Make the videos, `batch` at once, and yield each with its frames, uint8 (F, H, W, 3).
+
+    Raises:
+        FloatingPointError: a video holds values that are no numbers.
+    """
+    import numpy as np
     import torch
 
     def step_done(_pipeline: Any, _number: int, _timestep: Any, tensors: Any) -> Any:
@@ -201,7 +93,13 @@ def make(
             output_type="np",
             callback_on_step_end=step_done,
         ).frames
-        yield from zip(part, (videos * 255).round().astype("uint8"), strict=True)
+        for task, video in zip(part, videos, strict=True):
+            if not np.isfinite(video).all():
+                raise FloatingPointError(
+                    f"{task.file} (seed {task.seed}) holds values that are no numbers; "
+                    "a smaller --guidance-scale or another number format (--dtype bf16 or fp32) may help"
+                )
+            yield task, (video * 255).round().astype("uint8")
 
 
 def run(pipeline: Any, tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:
@@ -217,7 +115,7 @@ def run(pipeline: Any, tasks: list[Task], settings: Settings, running: Running, 
                 write_video(out / task.file, frames, settings.fps)
                 made.append({**asdict(task), "frames": len(frames), "height": frames.shape[1], "width": frames.shape[2]})
                 if len(rows) < SHEET_ROWS:
-                    rows.append((f"{task.prompt}  (seed {task.seed})", evenly_spaced(frames, SHEET_COLUMNS)))
+                    rows.append((f"seed {task.seed}: {task.prompt}", evenly_spaced(frames, SHEET_COLUMNS)))
                 video_done(task)
     finally:
         if made:
@@ -270,22 +168,13 @@ def _stop(message: object, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _check_outputs(tasks: list[Task], out: Path, overwrite: bool) -> None:
-    """End the command if files of the run are there already."""
-    if out.exists() and not out.is_dir():
-        _stop(f"--out {out} is a file; name a folder")
-    there = [name for name in (*(task.file for task in tasks), SHEET, RECORD) if (out / name).exists()]
-    if there and not overwrite:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        _stop(f"{out / there[0]}{more} would be overwritten; name another folder with --out, or add --overwrite")
-
-
 def _print_plan(tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:
+    from videofactory.model.pipeline_texts import shortened
+
     for name, value in (*asdict(settings).items(), *asdict(running).items()):
         notes.print(f"{name:<18}{'(the default)' if value is None else value}", markup=False, soft_wrap=True)
     for task in tasks:
-        notes.print(f"{out / task.file}  seed {task.seed}  {task.prompt}", markup=False, soft_wrap=True)
-    notes.print("nothing was done (--dry-run)")
+        notes.print(f"{out / task.file}  seed {task.seed}  {shortened(task.prompt)}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -297,16 +186,18 @@ def generate(
     ] = MINIATURE,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.", show_default=False)] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show, for all.", show_default=False)] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps from noise to video.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps from noise to video.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Weight of the text; up to 1 without guidance.")] = 9.0,
     guidance_rescale: Annotated[float, typer.Option(min=0, max=1, help="Against overexposure by guidance.")] = 0.0,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video; by default the model's.", show_default=False)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; by default the model's.", show_default=False)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; by default the model's.", show_default=False)] = None,
+    frames: Annotated[
+        int | None, typer.Option(max=MOST, help="Frames of a video; by default the model's.", show_default=False)
+    ] = None,
+    height: Annotated[int | None, typer.Option(max=MOST, help="Pixels; by default the model's.", show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(max=MOST, help="Pixels; by default the model's.", show_default=False)] = None,
     fps: Annotated[float, typer.Option(help="Frames per second of the files.")] = 8.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the first video; each further one has the next.")] = 0,
-    videos_per_prompt: Annotated[int, typer.Option(min=1, help="Videos of each prompt.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Videos made at once.")] = 1,
+    videos_per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Videos of each prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Videos made at once.")] = 1,
     device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")] = "auto",
     dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Number format of the models.")] = "auto",
     offload: Annotated[bool, typer.Option("--offload", help="Keep only the model at work on the GPU.")] = False,
@@ -326,18 +217,18 @@ def generate(
         _stop("no output; name a folder with --out, for example --out videos")
     try:
         tasks = plan(read_prompts(prompts or [], prompts_file), videos_per_prompt, seed)
-        if not fps > 0:
-            raise ValueError(f"--fps is {fps}; it has to be above 0")
-        device, number_format = choose_device(device, dtype, offload)
+        check_seeds(tasks)
+        check_fps(fps)
+        check_outputs(tasks, out, overwrite)
+        running = Running(batch, *choose_device(device, dtype, offload), offload, compile_, attention_backend)
+        check_attention_backend(running)
     except (ValueError, OSError) as error:
-        _stop(error)
-    _check_outputs(tasks, out, overwrite)
+        _stop(_with_options(error))
     settings = Settings(
         model, negative_prompt, steps, guidance_scale, guidance_rescale, frames, height, width, fps, seed, videos_per_prompt
     )
-    running = Running(batch, device, number_format, offload, compile_, attention_backend)
     if dry_run:
-        _print_plan(tasks, settings, running, out)
+        _dry_run(tasks, settings, running, out)
         return
     _guarded_run(tasks, settings, running, out)
     notes.print(
@@ -345,30 +236,83 @@ def generate(
     )
 
 
+def _with_options(error: Exception) -> str:
+    """The message of an error with the command's option in the place of an argument's name."""
+    options = {"num_frames": "frames", "num_inference_steps": "steps"}
+    names = "fps|height|width|num_frames|num_inference_steps|guidance_scale|guidance_rescale"
+    return re.sub(rf"^({names})(?= is )", lambda name: "--" + options.get(name[1], name[1]).replace("_", "-"), str(error))
+
+
+def _check_call(pipeline: Any, settings: Settings) -> None:
+    """Whether the pipeline can be called so; raises `ValueError`."""
+    pipeline.check_inputs(
+        "",
+        settings.frames,
+        settings.height,
+        settings.width,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_rescale=settings.guidance_rescale,
+        negative_prompt=settings.negative_prompt,
+    )
+
+
+def _dry_run(tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:
+    """Find the mistakes that the run would find, as far as that goes without the weights, and say what it would make."""
+    try:
+        pipeline = outline(settings.model)
+        if pipeline is not None:
+            _check_call(pipeline, settings)
+    except (ValueError, OSError, ImportError) as error:
+        _stop(_with_options(error))
+    _print_plan(tasks, settings, running, out)
+    if pipeline is None:
+        notes.print(
+            f"note: {settings.model} is no folder here, so whether it is on the Hub, and takes these sizes and steps, was not checked",
+            markup=False,
+            soft_wrap=True,
+        )
+    notes.print("nothing was done (--dry-run)")
+
+
 def _guarded_run(tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:
     """Load the model and run; what a user can mend ends in one line, what is our mistake in a traceback."""
-    import torch
-
     if settings.model == MINIATURE:
         notes.print(
             "note: the miniature has an untrained U-Net, so its videos are noise; name a trained one with --model", soft_wrap=True
         )
+    purpose = "to load the model"
     try:
         try:
-            pipeline = load(settings, running)
-            sizes = {name: getattr(settings, name) for name in ("frames", "height", "width")}
-            sizes = {name: pipeline.config[f"default_{name}"] if size is None else size for name, size in sizes.items()}
-            pipeline.check_inputs("", sizes["frames"], sizes["height"], sizes["width"])
+            pipeline = load(settings.model, running)
+            _check_call(pipeline, settings)
         except (ValueError, OSError, ImportError) as error:
-            _stop(error)
+            _stop(_with_options(error))
+        frames, height, width = pipeline.video_size(settings.frames, settings.height, settings.width)
+        at_once = min(running.batch, len(tasks))
+        purpose = f"for {at_once} video{'s' * (at_once > 1)} at once of {frames} frames, {width} x {height} pixels"
         run(pipeline, tasks, settings, running, out)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
-        _stop(f"the memory of {running.device} does not suffice ({reason}); {_SAVES_MEMORY}", 1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        _stop(
+            f"the memory of {running.device} does not suffice {purpose} ({_reason(error)}); "
+            f"these need less memory: {ways_to_less_memory(running)}",
+            1,
+        )
+    except FloatingPointError as error:
+        _stop(error, 1)
     except OSError as error:
         _stop(f"a file cannot be written: {error}", 1)
     except KeyboardInterrupt:
         _stop(f"interrupted; the videos that were finished are in {out}", 130)
+
+
+def _reason(error: BaseException) -> str:
+    """What of the message of an allocator a person needs."""
+    text = str(error).partition("\n")[0]
+    tried = re.search(r"tried to allocate (\d+) bytes", text)
+    return f"tried to allocate {int(tried[1]) / 2**30:,.1f} GiB" if tried else text or "it was full"
 
 
 if __name__ == "__main__":

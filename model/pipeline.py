@@ -7,23 +7,22 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import pipeline_files, pipeline_inputs
+from . import pipeline_files, pipeline_inputs, pipeline_texts
+from .pipeline_output import TextToVideoSwapPipelineOutput
 from .unet import SwapUNet
+
+__all__ = ["TextToVideoSwapPipeline", "TextToVideoSwapPipelineOutput"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +30,6 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, Any]
 StepCallback = Callable[[Any, int, torch.Tensor, Tensors], Tensors | None]
 Generators = torch.Generator | list[torch.Generator]
-
-
-@dataclass
-class TextToVideoSwapPipelineOutput(BaseOutput):
-    """The videos, one per prompt and `num_videos_per_prompt`, in the order of the prompts.
-
-    Attributes:
-        frames: `pil`: a list of frames per video; `np`: float32 (B, F, H, W, 3), 0 to 1; `pt`: (B, F, 3, H, W), 0 to 1;
-            `latent`: (B, C, F, H, W), what `decode_latents` takes.
-    """
-
-    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
 
 
 class TextToVideoSwapPipeline(DiffusionPipeline):
@@ -53,12 +40,12 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         text_encoder: embeds the prompt; its width is the U-Net's `cross_attention_dim`.
         tokenizer: of the text encoder.
         unet: the denoiser.
-        scheduler: any of diffusers' schedulers for noise, velocity or sample prediction.
+        scheduler: any of diffusers' schedulers for noise, velocity or sample prediction; none for flow matching.
         default_frames: frames of a video when none are asked for.
         default_height, default_width: of a frame, likewise, in pixels.
 
     Raises:
-        ValueError: two components do not fit together; the message names both values.
+        ValueError: two components do not fit together, or the scheduler is of another kind; the message names what it has to be.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -77,11 +64,13 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         pipeline_inputs.check_components(vae, text_encoder, unet)
+        pipeline_inputs.check_scheduler(scheduler)
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_to_config(default_frames=default_frames, default_height=default_height, default_width=default_width)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.video_processor = VideoProcessor(do_resize=False, vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale, self._guidance_rescale, self._num_timesteps, self._interrupt = 1.0, 0.0, 0, False
+        self._cut_prompts: set[str] = set()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "TextToVideoSwapPipeline":
@@ -92,19 +81,21 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a directory with a `model_index.json`, or a Hub id such as `owner/name`.
-            kwargs: as for any diffusers pipeline: `dtype`, `variant`, components by name, and for the Hub `revision`, `token`,
-                `cache_dir`, `force_download`, `local_files_only`.
+            kwargs: as for any diffusers pipeline: `dtype`, `variant`, components and defaults by name, and for the Hub `revision`,
+                `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
+            TypeError: an argument has a name that diffusers does not know either; the message has the nearest that it knows.
             FileNotFoundError: the name is neither a directory with a saved pipeline nor can it be fetched.
             ValueError: its U-Net is of another class, or `use_safetensors=False` asks for pickled weights.
         """
+        components, defaults = cls._get_signature_keys(cls)
+        pipeline_files.check_options(kwargs, {*components, *defaults})
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(
                 f"use_safetensors={kwargs['use_safetensors']!r} would load pickled weights, which can run any code; "
                 "convert them to safetensors (save_pretrained writes them)"
             )
-        components, _ = cls._get_signature_keys(cls)
         directory = pipeline_files.fetch(str(pretrained_model_name_or_path), components, kwargs)
         loaded: TextToVideoSwapPipeline = super().from_pretrained(str(directory), **kwargs)
         if loaded.unet is not None:
@@ -131,7 +122,14 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         """Set `_interrupt` to true in a callback to leave out the remaining steps."""
         return self._interrupt
 
-    def check_inputs(self, prompt: str | list[str] | None, num_frames: int, height: int, width: int, **settings: Any) -> None:
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **settings: Any,
+    ) -> None:
         """Raise what is wrong with the arguments of a call, before any work.
 
         Args:
@@ -142,10 +140,24 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
             ValueError: names the value and what would be valid.
         """
         levels = len(self.unet.config.block_out_channels) if self.unet is not None else 1
-        pipeline_inputs.check_size(num_frames, height, width, self.vae_scale_factor, levels)
+        pipeline_inputs.check_size(*self.video_size(num_frames, height, width), self.vae_scale_factor, levels)
         texts = [settings.get(name) for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")]
         pipeline_inputs.check_texts(prompt, *texts)
         pipeline_inputs.check_settings(settings, self._callback_tensor_inputs)
+        # It may have been exchanged since the pipeline was made.
+        pipeline_inputs.check_scheduler(self.scheduler)
+        if "num_inference_steps" in settings:
+            steps = [settings.get(name) for name in ("num_inference_steps", "timesteps", "sigmas")]
+            pipeline_inputs.check_steps(self.scheduler, *steps)
+
+    def video_size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Frames, height and width of a video; the pipeline's defaults where nothing was asked for."""
+        defaults = self.config
+        return (
+            defaults.default_frames if num_frames is None else num_frames,
+            defaults.default_height if height is None else height,
+            defaults.default_width if width is None else width,
+        )
 
     def encode_prompt(
         self,
@@ -189,22 +201,18 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         self, texts: str | list[str] | None, embeds: torch.Tensor | None, repeats: int, device: torch.device
     ) -> torch.Tensor:
         if embeds is None:
-            embeds = self._embed([texts] if isinstance(texts, str) else list(texts or ()), device)
+            texts = [texts] if isinstance(texts, str) else list(texts or ())
+            self._warn_of_losses(texts)
+            embeds = pipeline_texts.embed(texts, self.tokenizer, self.text_encoder, device)
         dtype = self.unet.dtype if self.unet is not None else embeds.dtype
         return embeds.to(device=device, dtype=dtype).repeat_interleave(repeats, dim=0)
 
-    def _embed(self, texts: list[str], device: torch.device) -> torch.Tensor:
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for text, whole in zip(texts, self.tokenizer(texts, verbose=False).input_ids, strict=True):
-            if len(whole) > length:
-                # The end token takes the last place, so the first token that is lost is the one before it.
-                lost = self.tokenizer.decode(whole[length - 1 : -1])
-                logger.warning("a prompt of %d tokens, %d are read; left out: %r of %r", len(whole), length, lost, text)
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(device) if masked else None
-        embedded: torch.Tensor = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
-        return embedded
+    def _warn_of_losses(self, texts: list[str]) -> None:
+        """Say of each text that is too long what is not read, the first time it comes."""
+        for text in texts:
+            if text not in self._cut_prompts and (loss := pipeline_texts.loss(text, self.tokenizer)):
+                self._cut_prompts.add(text)
+                logger.warning("%s", loss)
 
     def prepare_latents(
         self,
@@ -231,15 +239,9 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         """
         factor = self.vae_scale_factor
         shape = (batch_size, self.unet.config.in_channels, num_frames, height // factor, width // factor)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators were given for {batch_size} videos; give one for all, or as many as "
-                "prompts times num_videos_per_prompt"
-            )
+        pipeline_inputs.check_noise(shape, generator, latents)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"the latents have the shape {tuple(latents.shape)}; for these videos it is {shape}")
         noise: torch.Tensor = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
         return noise
 
@@ -311,46 +313,29 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is not valid; the message names it and what would be.
         """
-        # 1. What was asked for
-        num_frames = self.config.default_frames if num_frames is None else num_frames
-        height = self.config.default_height if height is None else height
-        width = self.config.default_width if width is None else width
-        given = {
-            name: value for name, value in locals().items() if name not in ("self", "prompt", "num_frames", "height", "width")
-        }
-        self.check_inputs(prompt, num_frames, height, width, **given)
+        asked = {name: value for name, value in locals().items() if name != "self"}
+        self.check_inputs(**asked)
         self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
-        device = self._execution_device
+        device, guided = self._execution_device, self.do_classifier_free_guidance
 
-        # 2. The text
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            device,
-            num_videos_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-        )
+        given = (negative_prompt, prompt_embeds, negative_prompt_embeds)
+        embeds, negative_embeds = self.encode_prompt(prompt, device, num_videos_per_prompt, guided, *given)
 
-        # 3. The steps and the noise
         steps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        size = (len(prompt_embeds), num_frames, height, width)
-        latents = self.prepare_latents(*size, prompt_embeds.dtype, device, generator, latents)
+        size = self.video_size(num_frames, height, width)
+        noise = self.prepare_latents(len(embeds), *size, embeds.dtype, device, generator, latents)
 
-        # 4. From noise to latents
+        tensors = {"latents": noise, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
         step_settings = self._step_settings(eta, generator)
-        tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         latents = self._denoise(tensors, steps, step_settings, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 5. From latents to pictures
-        if output_type == "latent":
-            frames = latents
-        else:
-            video = self.decode_latents(latents, decode_chunk_size)
-            frames = self.video_processor.postprocess_video(video, output_type=output_type)
+        frames = latents if output_type == "latent" else self._pictures(latents, decode_chunk_size, output_type)
         self.maybe_free_model_hooks()
         return TextToVideoSwapPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _pictures(self, latents: torch.Tensor, decode_chunk_size: int, output_type: str) -> Any:
+        video = self.decode_latents(latents, decode_chunk_size)
+        return self.video_processor.postprocess_video(video, output_type=output_type)
 
     def _step_settings(self, eta: float, generator: Generators | None) -> dict[str, Any]:
         """The arguments of `scheduler.step` that this scheduler knows."""

@@ -4,8 +4,11 @@ diffusers does not load a component of another package straight from the Hub, no
 directory it does.
 """
 
+import inspect
 import json
-from collections.abc import Collection, MutableMapping
+import re
+from collections.abc import Collection, Iterable, MutableMapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,34 @@ INDEX = "model_index.json"
 _TEXTS = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def check_options(options: Iterable[str], own: Collection[str]) -> None:
+    """Whether the arguments of `from_pretrained` are known; diffusers ignores others.
+
+    Args:
+        options: names of the arguments.
+        own: those of the pipeline itself: its components and settings.
+
+    Raises:
+        TypeError: one is unknown; the message has the nearest name that is not.
+    """
+    known = {*own, *_loading_options()}
+    for name in options:
+        if name not in known:
+            nearest = get_close_matches(name, sorted(known), 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the pipeline's own are {', '.join(sorted(own))}"
+            raise TypeError(f"from_pretrained knows no argument {name}, nor does diffusers; {hint}")
+
+
+def _loading_options() -> set[str]:
+    """What `from_pretrained` of diffusers takes, and what it documents and ignores."""
+    from diffusers import DiffusionPipeline
+
+    function = inspect.unwrap(DiffusionPipeline.from_pretrained.__func__)
+    # It takes **kwargs alone, and picks each out by name: the names are among the constants of its code.
+    read = {constant for constant in function.__code__.co_consts if isinstance(constant, str)}
+    return read | set(re.findall(r"^ +(\w+) ?\([`']", function.__doc__ or "", re.MULTILINE))
 
 
 def fetch(name: str, components: Collection[str], options: MutableMapping[str, Any]) -> Path:
@@ -32,6 +63,8 @@ def fetch(name: str, components: Collection[str], options: MutableMapping[str, A
         FileNotFoundError: there is no such pipeline here or on the Hub, or it cannot be reached.
         ValueError: its U-Net is of another class, and none is passed.
     """
+    if not name.strip():
+        raise FileNotFoundError("the name of the saved pipeline is empty; give a directory, or a Hub id such as owner/name")
     hub = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
     wanted = [component for component in components if component not in options]
     directory = Path(name)
@@ -75,7 +108,10 @@ def _snapshot(name: str, patterns: list[str], hub: dict[str, Any]) -> Path:
 
 def _check_unet(directory: Path, wanted: Collection[str]) -> None:
     """Whether the U-Net of the saved pipeline, if it is wanted, is ours."""
-    entry = json.loads((directory / INDEX).read_text(encoding="utf-8")).get("unet")
+    try:
+        entry = json.loads((directory / INDEX).read_text(encoding="utf-8")).get("unet")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{directory / INDEX} is no JSON object ({error}); save the pipeline again") from error
     found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     ways = {"UNet2DConditionModel": "from_unet2d", "UNet3DConditionModel": "from_unet3d"}
     if "unet" in wanted and found not in (None, "SwapUNet"):

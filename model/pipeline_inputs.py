@@ -1,11 +1,17 @@
 """What is wrong with the parts of a pipeline or the arguments of its call, said before any work."""
 
+import copy
+import inspect
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def check_components(vae: Any, text_encoder: Any, unet: Any) -> None:
@@ -28,6 +34,59 @@ def check_components(vae: Any, text_encoder: Any, unet: Any) -> None:
         )
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Whether a scheduler is one of noise, velocity or sample prediction; a missing one (`None`) is.
+
+    Raises:
+        ValueError: it is another one, of flow matching for example; the message says what it lacks and names some that work.
+    """
+    if scheduler is None:
+        return
+    lacks = [name for name in ("set_timesteps", "scale_model_input", "step", "init_noise_sigma") if not hasattr(scheduler, name)]
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if lacks:
+        reason = f"it has no {', '.join(lacks)}"
+    elif prediction not in PREDICTIONS:
+        reason = f"its prediction_type is {prediction!r}, not one of {', '.join(PREDICTIONS)}"
+    elif len(needed := _needed_arguments(scheduler.step)) != 3:
+        reason = f"its step needs {', '.join(needed)}, and is given a prediction, a timestep and latents"
+    else:
+        return
+    raise ValueError(
+        f"the scheduler {type(scheduler).__name__} does not suit a U-Net that predicts noise, velocity or samples: {reason}; "
+        "DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler and UniPCMultistepScheduler do"
+    )
+
+
+def _needed_arguments(function: Any) -> list[str]:
+    given = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind in given and parameter.default is parameter.empty]
+
+
+def check_steps(
+    scheduler: Any, number: int | None, timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None
+) -> None:
+    """Whether a scheduler can take that many steps, or those that are named; the scheduler stays as it is.
+
+    Raises:
+        ValueError: names what was asked for, and the scheduler's reason.
+    """
+    named: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
+    asked = {name: steps for name, steps in named.items() if steps is not None}
+    if not asked:
+        _check_whole("num_inference_steps", number, "at least 1")
+        asked = {"num_inference_steps": number}
+    try:
+        retrieve_timesteps(copy.deepcopy(scheduler), number, None, timesteps, sigmas)
+    except (ValueError, TypeError, IndexError, AssertionError) as error:
+        most = scheduler.config.get("num_train_timesteps")
+        too_many = "num_inference_steps" in asked and most is not None and asked["num_inference_steps"] > most
+        reason = f"it takes at most {most} (its num_train_timesteps)" if too_many else str(error)
+        what = " and ".join(f"{name} is {steps}" for name, steps in asked.items())
+        raise ValueError(f"{what}, which {type(scheduler).__name__} cannot take: {reason}") from error
+
+
 def check_size(frames: int, height: int, width: int, factor: int, levels: int) -> None:
     """Whether a video of `frames`, `height` and `width` (pixels) can be made.
 
@@ -37,12 +96,12 @@ def check_size(frames: int, height: int, width: int, factor: int, levels: int) -
         levels: of the U-Net, each of half the height and width of the one before.
 
     Raises:
-        ValueError: names the nearest sizes that are valid.
+        ValueError: one is no whole number, or too small, or no multiple of `factor`; the message names the nearest that are.
     """
-    if frames < 1:
-        raise ValueError(f"num_frames is {frames}; it has to be at least 1 (a picture)")
+    _check_whole("num_frames", frames, "at least 1 (a picture)")
     least = factor * 2 ** (levels - 1)
     for name, pixels in (("height", height), ("width", width)):
+        _check_whole(name, pixels, f"a multiple of {factor} from {least} pixels on")
         if pixels < least:
             raise ValueError(f"{name} is {pixels}; the model needs at least {least} pixels")
         if pixels % factor:
@@ -74,6 +133,21 @@ def check_texts(
         raise ValueError(f"negative_prompt_embeds are {len(negative_prompt_embeds)} for {count} prompts; give {count}")
 
 
+def check_noise(shape: tuple[int, ...], generator: Any, latents: torch.Tensor | None) -> None:
+    """Whether generators, if there are several, and given latents fit videos whose latents have this shape, (B, C, F, H, W).
+
+    Raises:
+        ValueError: names both numbers, or both shapes.
+    """
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(
+            f"{len(generator)} generators were given for {shape[0]} videos; give one for all, or as many as "
+            "prompts times num_videos_per_prompt"
+        )
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"the latents have the shape {tuple(latents.shape)}; for these videos it is {shape}")
+
+
 def check_alike(prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor) -> None:
     """Whether embedded prompts and negative prompts can be run side by side.
 
@@ -101,8 +175,10 @@ def check_settings(settings: Mapping[str, Any], callback_tensors: Sequence[str])
         ValueError: names the value and what would be valid.
     """
     for name in ("num_inference_steps", "num_videos_per_prompt", "decode_chunk_size"):
-        if (number := settings.get(name)) is not None and number < 1:
-            raise ValueError(f"{name} is {number}; it has to be at least 1")
+        if (number := settings.get(name)) is not None:
+            _check_whole(name, number, "at least 1")
+    if not math.isfinite(scale := settings.get("guidance_scale") or 0.0):
+        raise ValueError(f"guidance_scale is {scale}; it has to be a finite number, such as 9.0")
     for name in ("guidance_rescale", "eta"):
         if not 0 <= (share := settings.get(name) or 0.0) <= 1:
             raise ValueError(f"{name} is {share}; it has to lie between 0 and 1")
@@ -115,3 +191,11 @@ def check_settings(settings: Mapping[str, Any], callback_tensors: Sequence[str])
             f"callback_on_step_end_tensor_inputs holds {', '.join(map(repr, unknown))}; "
             f"a callback can be given {', '.join(callback_tensors)}"
         )
+
+
+def _check_whole(name: str, value: Any, wanted: str) -> None:
+    """Whether `value` is an integer of at least 1; PyTorch would take a float for a size much later, and not say which."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} is {value!r}, of type {type(value).__name__}; it has to be a whole number, {wanted}")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it has to be {wanted}")

@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 
 MARGIN, GAP, LETTERS = 8, 2, 14
 """Of a contact sheet, in pixels: around everything, between frames, and the height of the letters."""
+MOST_LINES = 3
+"""Of text below a row of a contact sheet."""
+LEAST_FPS, MOST_FPS = 0.1, 1000
+"""Frames per second that players cope with."""
+
+
+def check_fps(fps: float) -> None:
+    """Whether a file can have that many frames per second.
+
+    Raises:
+        ValueError: it cannot; the message has the range.
+    """
+    if not LEAST_FPS <= fps <= MOST_FPS:
+        raise ValueError(f"fps is {fps}; it has to lie between {LEAST_FPS} and {MOST_FPS} frames per second")
 
 
 def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
@@ -26,10 +40,10 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
     Args:
         path: of the file.
         frames: RGB, (F, H, W, 3).
-        fps: frames per second.
+        fps: frames per second, 0.1 to 1000.
 
     Raises:
-        ValueError: not such an array, an odd height or width, or `fps` is not positive.
+        ValueError: not such an array, an odd height or width, or `fps` is out of range.
     """
     from fractions import Fraction
 
@@ -40,8 +54,7 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"frames have {width} x {height} pixels; H.264 with 4:2:0 chroma needs an even width and height")
-    if not fps > 0:
-        raise ValueError(f"fps is {fps}; it has to be above 0")
+    check_fps(fps)
     unfinished = path.with_name(path.name + ".part")
     try:
         with av.open(str(unfinished), "w", format="mp4", options={"movflags": "faststart"}) as container:
@@ -67,6 +80,8 @@ def evenly_spaced(frames: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
 
 def contact_sheet(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> PIL.Image.Image:
     """A picture with a row of frames for each video and its text below; frames may differ in size and number from row to row.
+
+    Of a text that is longer than `MOST_LINES` lines the beginning is shown.
 
     Args:
         rows: text and frames, RGB (F, H, W, 3), of each video (see `evenly_spaced`).
@@ -100,9 +115,11 @@ def contact_sheet(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> PIL.Image.Im
 
 
 def _wrapped(text: str, width: int, font: PIL.ImageFont.ImageFont | PIL.ImageFont.FreeTypeFont) -> list[str]:
-    """`text` in lines of at most `width` pixels; a word that is too long for a line is cut."""
+    """The first `MOST_LINES` lines of `text`, of at most `width` pixels; a word that is too long for a line is cut."""
     lines = [""]
     for word in text.split():
+        if len(lines) > MOST_LINES:
+            break
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width:
             lines[-1] = longer
@@ -111,4 +128,10 @@ def _wrapped(text: str, width: int, font: PIL.ImageFont.ImageFont | PIL.ImageFon
         while font.getlength(lines[-1]) > width:
             fitting = max(1, int(len(lines[-1]) * width / font.getlength(lines[-1])))
             lines[-1:] = [lines[-1][:fitting], lines[-1][fitting:]]
-    return [part for part in lines if part]
+    lines = [line for line in lines if line]
+    if len(lines) > MOST_LINES:
+        last = lines[MOST_LINES - 1]
+        while font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines[MOST_LINES - 1 :] = [last.rstrip() + "…"]
+    return lines

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from videofactory.model import generate, miniature
+from videofactory.model.generate_tasks import slug
 from videofactory.model.video_files import contact_sheet, evenly_spaced, write_video
 
 FAST = ["--steps", "1", "--frames", "3", "--height", "24", "--width", "40"]
@@ -109,13 +111,36 @@ def test_the_miniature_says_what_it_is(tmp_path):
     assert _read(tmp_path / "000-a-red-circle.mp4")[0].shape == (3, 24, 40, 3)
 
 
-def test_a_dry_run_writes_and_loads_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["miniature", "saved"])
+def test_a_dry_run_writes_and_loads_nothing(saved, tmp_path, monkeypatch, model):
     monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the model was loaded"))
-    code, printed = _run("a red circle", "a star", "--out", tmp_path / "new", "--seed", 8, "--dry-run")
+    name = saved if model == "saved" else model
+    code, printed = _run("a red circle", "a star", "--model", name, "--out", tmp_path / "new", "--seed", 8, "--dry-run")
     assert code == 0
     assert "001-a-star.mp4 seed 9 a star" in printed
     assert "nothing was done" in printed
-    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_it_could_not_check(tmp_path):
+    code, printed = _run("a red circle", "--model", "someone/model", "--out", tmp_path / "new", "--dry-run")
+    assert code == 0
+    assert (
+        "note: someone/model is no folder here, so whether it is on the Hub, and takes these sizes and steps, was not" in printed
+    )
+
+
+def test_a_dry_run_reads_no_weights(saved, tmp_path):
+    """Files that are no weights do for it, none do not."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    for weights in folder.rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    assert _run("a red circle", "--model", folder, "--out", tmp_path / "out", "--dry-run")[0] == 0
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    code, printed = _run("a red circle", "--model", folder, "--out", tmp_path / "out", "--dry-run")
+    assert code == 2
+    assert "vae holds no weights (*.safetensors)" in printed
 
 
 @pytest.mark.parametrize("there", ["000-a-red-circle.mp4", "contact-sheet.png", "generate.json"])
@@ -129,29 +154,66 @@ def test_nothing_is_overwritten_unasked(saved, tmp_path, there):
     assert (tmp_path / there).stat().st_size > 100
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "no prompt; give one"),
-        (["a", " "], "prompt 2 is empty"),
-        (["a", "--prompts-file", "/nowhere/prompts.txt"], "No such file or directory: '/nowhere/prompts.txt'"),
-        (["a", "--fps", "0"], "--fps is 0.0; it has to be above 0"),
-        (["a", "--device", "toaster"], "--device toaster is not there"),
-        (["a", "--device", "cpu", "--offload"], "--offload moves models between a GPU and the CPU, and the device is the CPU"),
-        (["a", "--height", "60"], "height is 60, no multiple of 8, the VAE's factor; the nearest are 56 and 64"),
-        (["a", "--frames", "0"], "num_frames is 0"),
-        (["a", "--model", "/nowhere/at/all"], "/nowhere/at/all is no directory, and cannot be the name of a repository"),
-        (["a", "--attention-backend", "telepathy"], "telepathy"),
-        (["a", "--steps", "0"], "--steps"),
-        (["a", "--dtype", "fp8"], "--dtype"),
-    ],
-)
-def test_mistakes_end_in_one_message(tmp_path, arguments, message):
-    code, printed = _run(*arguments, "--out", tmp_path / "out")
+MISTAKES = [
+    ([], "no prompt; give one"),
+    (["a", " "], "prompt 2 is empty"),
+    (["a", "b\udcff"], r"prompt 2 is not UTF-8 text, at letter 2: 'b\udcff'"),
+    (["a", "--prompts-file", "/nowhere/prompts.txt"], "No such file or directory: '/nowhere/prompts.txt'"),
+    (["a", "--fps", "0"], "--fps is 0.0; it has to lie between 0.1 and 1000 frames per second"),
+    (["a", "--fps", "-2"], "--fps is -2.0; it has to lie"),
+    (["a", "--fps", "inf"], "--fps is inf; it has to lie"),
+    (["a", "--fps", "nan"], "--fps is nan; it has to lie"),
+    (["a", "--device", "toaster"], "--device toaster is not there"),
+    (["a", "--device", "meta"], "--device meta is not there"),
+    (["a", "--device", "cpu", "--offload"], "--offload moves models between a GPU and the CPU, and the device is the CPU"),
+    (["a", "--height", "60"], "--height is 60, no multiple of 8, the VAE's factor; the nearest are 56 and 64"),
+    (["a", "--frames", "0"], "--frames is 0; it has to be at least 1 (a picture)"),
+    (["a", "--frames", 10**20], "--frames"),
+    (["a", "--videos-per-prompt", 10**10], "--videos-per-prompt"),
+    (["a", "--steps", "1001"], "--steps is 1001, which DDIMScheduler cannot take: it takes at most 1000"),
+    (["a", "--steps", "0"], "--steps"),
+    (["a", "--guidance-scale", "nan"], "--guidance-scale is nan; it has to be a finite number"),
+    (["a", "--guidance-scale", "inf"], "--guidance-scale is inf; it has to be a finite number"),
+    (["a", "--seed", 2**70], f"--seed {2**70} is too large: seeds end at 18446744073709551615"),
+    (["a", "b", "--seed", 2**64 - 1], "of 2 videos each has the next one; give at most 18446744073709551614"),
+    (["a", "--seed", "-1"], "--seed"),
+    (["a", "--model", "/nowhere/at/all"], "/nowhere/at/all is no directory, and cannot be the name of a repository"),
+    (["a", "--model", ""], "--model is empty; name a saved pipeline's folder, a Hub id such as owner/name, or miniature"),
+    (["a", "--attention-backend", "telepathy"], "--attention-backend telepathy does not run on cpu with fp32"),
+    (["a", "--attention-backend", "flash"], "Flash Attention backend 'flash' is not usable because of missing package"),
+    (["a", "--attention-backend", "_native_flash", "--height", "60"], "--height is 60"),
+    (["a", "--dtype", "fp8"], "--dtype"),
+]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry-run"])
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(map(repr, case[0]))[:40] for case in MISTAKES])
+def test_mistakes_end_in_one_message(tmp_path, arguments, message, dry):
+    code, printed = _run("--device", "cpu", *arguments, "--out", tmp_path / "out", *dry)
     assert code == 2
     assert message in printed.replace("│", "").replace("  ", " ")
     assert "Traceback" not in printed
-    assert not list(tmp_path.rglob("*.mp4"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_mistakes_over_a_saved_model(saved, tmp_path, dry):
+    for arguments, message in (
+        (["--steps", "1001"], "--steps is 1001, which DDIMScheduler cannot take"),
+        (["--width", "20"], "--width is 20, no multiple of 8"),
+        (["--height", "8"], "--height is 8; the model needs at least 16 pixels"),
+    ):
+        code, printed = _run("a", "--model", saved, *arguments, "--out", tmp_path, *dry)
+        assert (code, message in printed) == (2, True), printed
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_a_folder_that_takes_no_files_is_found_before_any_work(saved, monkeypatch, dry):
+    """/proc takes none even from an administrator."""
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the model was loaded"))
+    code, printed = _run("a red circle", "--model", saved, "--out", "/proc/videos", *dry)
+    assert code == 2
+    assert re.search(r"--out /proc/videos cannot be written: .* \(/proc\); name another folder", printed)
 
 
 def test_the_folder_is_asked_for(tmp_path):
@@ -160,16 +222,68 @@ def test_the_folder_is_asked_for(tmp_path):
     code, printed = _run("a red circle", "--out", tmp_path / "file")
     assert code == 2
     assert "is a file; name a folder" in printed
+    assert "is a file; name a folder" in _run("a red circle", "--out", tmp_path / "file" / "deeper")[1]
 
 
-def test_too_little_memory_says_what_helps(saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("tried to allocate 20 GiB\nand more"), "tried to allocate 20 GiB"),
+        (MemoryError(), "it was full"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 2147483648 bytes."),
+            "tried to allocate 2.0 GiB",
+        ),
+    ],
+)
+def test_too_little_memory_says_what_helps(saved, tmp_path, monkeypatch, error, reason):
     def full(*_arguments, **_options):
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        raise error
 
     monkeypatch.setattr("videofactory.model.pipeline.TextToVideoSwapPipeline.prepare_latents", full)
-    code, printed = _run("a red circle", "--model", saved, "--out", tmp_path)
+    code, printed = _run("a red circle", "a star", "a ring", "--batch", 2, "--model", saved, "--out", tmp_path, "--device", "cpu")
     assert code == 1
-    assert "(tried to allocate 20 GiB); these need less memory: --offload, --batch 1, fewer --frames" in printed
+    assert (
+        f"the memory of cpu does not suffice for 2 videos at once of 2 frames, 48 x 32 pixels ({reason}); these need less memory: "
+        "--batch 1, fewer --frames, a smaller --height and --width, --dtype bf16"
+    ) in printed
+
+
+def test_the_allocator_of_the_cpu_is_understood(saved, tmp_path):
+    """A size that no machine has: 2**60 latent positions."""
+    sizes = ("--frames", 2**20, "--height", 2**20, "--width", 2**20)
+    code, printed = _run("a red circle", "--model", saved, *sizes, "--out", tmp_path, "--device", "cpu")
+    assert code == 1
+    assert re.search(r"does not suffice for 1 video at once of 1048576 frames, .* \(tried to allocate [\d,.]+ GiB\)", printed)
+
+
+def test_our_own_mistakes_are_not_hidden(saved, tmp_path, monkeypatch):
+    def broken(*_arguments, **_options):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("videofactory.model.pipeline.TextToVideoSwapPipeline.prepare_latents", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        _run("a red circle", "--model", saved, "--out", tmp_path)
+
+
+def test_a_video_of_no_numbers_is_not_written(saved, tmp_path):
+    code, printed = _run("a red circle", "--model", saved, "--steps", 1, "--guidance-scale", "1e38", "--out", tmp_path)
+    assert code == 1
+    assert "000-a-red-circle.mp4 (seed 0) holds values that are no numbers; a smaller --guidance-scale or" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_prompt_is_told_once_and_shown_in_part(saved, tmp_path, caplog):
+    prompt = "a red circle moves to the left while a blue star turns " * 75
+    code, printed = _run(prompt, "--model", saved, "--steps", 1, "--videos-per-prompt", 3, "--out", tmp_path)
+    assert code == 0
+    assert [record.getMessage().count("1127 tokens, of which 24 are read") for record in caplog.records] == [1]
+    assert len(printed) + len(caplog.text) < 1500
+    names = [path.name for path in sorted(tmp_path.glob("*.mp4"))]
+    assert names[0] == "000-a-red-circle-moves-to-the-left-while-a-blue-star-turns-a-red.mp4"
+    with PIL.Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.height < 3 * (32 + 2 * 8 + 3 * 20) + 8
+    assert json.loads((tmp_path / "generate.json").read_text())["videos"][2]["prompt"] == prompt
 
 
 def test_an_interrupted_run_leaves_a_record_of_what_it_made(saved, tmp_path, monkeypatch):
@@ -196,10 +310,11 @@ def test_a_terminal_shows_steps_and_videos(saved, tmp_path, monkeypatch):
 
 
 def test_names_of_files_are_plain():
-    assert generate.slug("A Red   circle, (moving)!") == "a-red-circle-moving"
-    assert generate.slug("../../etc/passwd") == "etc-passwd"
-    assert generate.slug("日本語") == "video"
-    assert len(generate.slug("word " * 40)) <= 60
+    assert slug("A Red   circle, (moving)!") == "a-red-circle-moving"
+    assert slug("../../etc/passwd") == "etc-passwd"
+    assert slug("日本語") == "video"
+    assert slug("word " * 40) == "-".join(["word"] * 12)
+    assert slug("x" * 70) == "x" * 60
     tasks = generate.plan(["a"] * 600, 2, 10)
     assert (tasks[0].file, tasks[-1].file, tasks[-1].seed) == ("0000-a.mp4", "1199-a.mp4", 1209)
 
@@ -217,7 +332,10 @@ def _moving(frames: int, height: int, width: int) -> np.ndarray:
     return video
 
 
-@pytest.mark.parametrize(("frames", "height", "width", "fps"), [(16, 192, 344, 8), (5, 40, 56, 29.97), (1, 64, 112, 24)])
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "fps"),
+    [(16, 192, 344, 8), (5, 40, 56, 29.97), (1, 64, 112, 24), (3, 32, 32, 0.1), (3, 32, 32, 1000)],
+)
 def test_a_file_has_the_true_size_frames_and_rate(tmp_path, frames, height, width, fps):
     video = _moving(frames, height, width)
     write_video(tmp_path / "video.mp4", video, fps)
@@ -234,7 +352,9 @@ def test_a_file_has_the_true_size_frames_and_rate(tmp_path, frames, height, widt
         (np.zeros((2, 9, 16, 3), np.uint8), 8, "frames have 16 x 9 pixels; H.264 with 4:2:0 chroma needs an even"),
         (np.zeros((2, 8, 16, 3), np.float32), 8, r"frames are float32 of the shape \(2, 8, 16, 3\)"),
         (np.zeros((0, 8, 16, 3), np.uint8), 8, r"of the shape \(0, 8, 16, 3\)"),
-        (np.zeros((2, 8, 16, 3), np.uint8), 0, "fps is 0"),
+        (np.zeros((2, 8, 16, 3), np.uint8), 0, "fps is 0; it has to lie between 0.1 and 1000"),
+        (np.zeros((2, 8, 16, 3), np.uint8), float("inf"), "fps is inf"),
+        (np.zeros((2, 8, 16, 3), np.uint8), 1e-9, "fps is 1e-09"),
     ],
 )
 def test_what_cannot_be_written_is_named(tmp_path, frames, fps, message):
@@ -249,16 +369,18 @@ def test_frames_of_a_sheet_are_spread_from_first_to_last():
     assert len(evenly_spaced(frames[:3], 8)) == 3
 
 
-def test_a_sheet_shows_every_video_and_its_whole_text():
+def test_a_sheet_shows_every_video_and_its_text():
     red = np.zeros((4, 32, 100, 3), np.uint8) + np.array([250, 0, 0], np.uint8)
     blue = np.zeros((2, 48, 100, 3), np.uint8) + np.array([0, 0, 250], np.uint8)
-    sheet = np.asarray(contact_sheet([("a red field", red), ("a blue field " * 20, blue)]))
+    sheet = np.asarray(contact_sheet([("a red field", red), ("a blue field " * 8, blue)]))
     assert (sheet == [250, 0, 0]).all(-1).sum() == red[..., 0].size
     assert (sheet == [0, 0, 250]).all(-1).sum() == blue[..., 0].size
     short = np.asarray(contact_sheet([("a red field", red), ("a blue field", blue)]))
     assert short.shape[0] < sheet.shape[0]
     assert short.shape[1] == sheet.shape[1] == 4 * 102 - 2 + 16
+    long = contact_sheet([("a blue field " * 300, blue)])
+    assert long.height == contact_sheet([("a blue field " * 30, blue)]).height < 48 + 16 + 3 * 20 + 8
     cut = contact_sheet([("x" * 500, blue)])
-    assert cut.width == 320 + 16
+    assert cut.size == (320 + 16, long.height)
     with pytest.raises(ValueError, match="contact sheet of no videos"):
         contact_sheet([])

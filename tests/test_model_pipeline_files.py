@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,11 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 
 from videofactory.model import miniature
 from videofactory.model.pipeline import TextToVideoSwapPipeline
+from videofactory.model.pipeline_files import check_options
 
 from .model_pipelines import TINY_UNET, make_video
 
@@ -181,6 +181,8 @@ def test_a_pipeline_is_fetched_from_the_hub(pipe, hub, tmp_path):
 def test_names_that_are_no_pipeline(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load = TextToVideoSwapPipeline.from_pretrained
+    with pytest.raises(FileNotFoundError, match="the name of the saved pipeline is empty; give a directory"):
+        load("")
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing is no directory, and could not be fetched from the Hub: "):
         load("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"/a/b/c is no directory, and cannot be the name of a repository"):
@@ -190,6 +192,46 @@ def test_names_that_are_no_pipeline(tmp_path, monkeypatch):
         load(tmp_path)
     with pytest.raises(ValueError, match="use_safetensors=False would load pickled weights"):
         load(tmp_path, use_safetensors=False)
+
+
+def test_a_broken_index_is_named(tmp_path):
+    for text in ("{", "[]"):
+        (tmp_path / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"model_index.json is no JSON object .*; save the pipeline again"):
+            TextToVideoSwapPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch_dtyp", "knows no argument torch_dtyp, nor does diffusers; did you mean torch_dtype?"),
+        ("revison", "did you mean revision?"),
+        ("text_encodr", "did you mean text_encoder?"),
+        ("default_frame", "did you mean default_frames?"),
+        ("subfolder", "knows no argument subfolder, nor does diffusers; "),
+        ("xyz", "the pipeline's own are default_frames, default_height, default_width, scheduler, text_encoder, tokenizer, unet"),
+    ],
+)
+def test_misspelt_arguments_are_named(tmp_path, name, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TextToVideoSwapPipeline.from_pretrained(tmp_path, **{name: None})
+
+
+def test_arguments_that_diffusers_knows_are_taken():
+    """Those that its documentation has at the time of writing, and those that it reads without documenting them."""
+    documented = (
+        "dtype custom_pipeline force_download cache_dir proxies output_loading_info local_files_only token revision custom_revision "
+        "mirror device_map max_memory offload_folder offload_state_dict low_cpu_mem_usage use_safetensors use_onnx variant "
+        "disable_mmap"
+    )
+    read = "torch_dtype provider sess_options provider_options quantization_config load_connected_pipeline trust_remote_code"
+    check_options([*documented.split(), *read.split(), "dduf_file", "unet"], {"unet"})
+
+
+def test_documented_arguments_load(pipe, tmp_path):
+    options = {"torch_dtype": torch.float16, "low_cpu_mem_usage": True, "local_files_only": True, "default_frames": 5}
+    loaded = TextToVideoSwapPipeline.from_pretrained(_save(pipe, tmp_path), **options, unet=None, disable_mmap=True)
+    assert (loaded.vae.dtype, loaded.config.default_frames) == (torch.float16, 5)
 
 
 def test_pickled_weights_are_not_read(pipe, tmp_path):

@@ -1,0 +1,39 @@
+"""Prompts as embeddings, and what of a prompt a text encoder does not read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+MOST_SHOWN = 80
+"""Characters of a prompt that a message shows."""
+
+
+def embed(texts: Sequence[str], tokenizer: Any, text_encoder: Any, device: torch.device) -> torch.Tensor:
+    """The texts as the text encoder reads them, (texts, T, D); what is longer than T tokens is cut off."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    masked = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(device) if masked else None
+    embedded: torch.Tensor = text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+    return embedded
+
+
+def loss(text: str, tokenizer: Any) -> str | None:
+    """What the text encoder does not read of a text, as a message; `None` where it reads everything."""
+    length = tokenizer.model_max_length
+    whole = tokenizer(text, verbose=False).input_ids
+    if len(whole) <= length:
+        return None
+    # The end token takes the last place, so the first token that is lost is the one before it.
+    lost = tokenizer.decode(whole[length - 1 : -1])
+    return (
+        f"the prompt {shortened(text)!r} has {len(whole)} tokens, of which {length} are read; "
+        f"the last {len(whole) - length} are left out: {shortened(lost)!r}"
+    )
+
+
+def shortened(text: str) -> str:
+    """`text` as one line of at most `MOST_SHOWN` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_SHOWN else line[: MOST_SHOWN - 1].rstrip() + "…"
