@@ -205,6 +205,13 @@ class SwapAttention(nn.Module):
         self.attn = make_attention(channels, head_dim, context_channels=channels, bias=False)
         nn.init.zeros_(self.attn.to_out[0].weight)
 
+    def reset_parameters(self) -> None:
+        """Give all weights the values of a new layer again."""
+        for layer in self.modules():
+            if isinstance(layer, nn.LayerNorm | nn.Linear):
+                layer.reset_parameters()
+        nn.init.zeros_(self.attn.to_out[0].weight)
+
     def forward(self, spatial_BFHWC: torch.Tensor, temporal_BFHWC: torch.Tensor) -> torch.Tensor:
         """The temporal features with what the attention adds to them; all tensors (B, F, H, W, C)."""
         batch, frames, height, width, _ = temporal_BFHWC.shape

