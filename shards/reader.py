@@ -93,16 +93,20 @@ class Decode:
         return np.minimum(begin + np.arange(self.frames) / self.fps, last) + 1e-9
 
     def _scaled(self, frame: Any) -> np.ndarray:
-        height, width = self.size
-        scale = max(height / frame.height, width / frame.width)
-        scaled = frame.reformat(
-            width=max(width, round(frame.width * scale)),
-            height=max(height, round(frame.height * scale)),
-            format="rgb24",
-            interpolation="BICUBIC",
-        ).to_ndarray()
-        top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-        return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+        return scaled(frame, *self.size)
+
+
+def scaled(frame: Any, height: int, width: int) -> np.ndarray:
+    """A decoded `av.VideoFrame` scaled to cover height and width in pixels and cropped about its centre: uint8 `[height, width, 3]`."""
+    scale = max(height / frame.height, width / frame.width)
+    image = frame.reformat(
+        width=max(width, round(frame.width * scale)),
+        height=max(height, round(frame.height * scale)),
+        format="rgb24",
+        interpolation="BICUBIC",
+    ).to_ndarray()
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
 def _shown_times(video: bytes) -> list[float]:
@@ -128,7 +132,8 @@ def _decode_all(samples: Iterator[Sample], decode: Callable[[bytes], Any] | None
         yield _decoded(sample, decode)
 
 
-def _where(split: str | None, where: str | None) -> str:
+def selection(split: str | None, where: str | None) -> str:
+    """The condition in SQL for the kept clips of a split (`None`: all) that meet a condition (`None`: any)."""
     wanted = ["state = 'kept'"]
     if split is not None:
         wanted.append("split = '" + split.replace("'", "''") + "'")
@@ -168,10 +173,10 @@ def stream(
     """
     index = Index(dataset)
     keys: dict[str, set[str]] = {}
-    for row in index.query(f"select shard, clip_id from clips where {_where(split, where)} order by shard").to_pylist():
+    for row in index.query(f"select shard, clip_id from clips where {selection(split, where)} order by shard").to_pylist():
         keys.setdefault(row["shard"], set()).add(row["clip_id"])
     if not keys:
-        raise ValueError(f"{dataset} holds no kept clip with {_where(split, where)}")
+        raise ValueError(f"{dataset} holds no kept clip with {selection(split, where)}")
     storage = index.storage
     source = _ShardOrder(list(keys), seed=seed, shuffle=shuffle > 0, resampled=resampled)
     stages: list[Any] = [source]
@@ -276,6 +281,18 @@ def _select(samples: Iterator[Sample], keys: dict[str, set[str]]) -> Iterator[Sa
             yield sample
 
 
+def members_of(content: bytes) -> dict[str, bytes]:
+    """The members of a sample by their names, from the bytes that its row's `offset` and `size` span in the shard.
+
+    Raises:
+        tarfile.TarError: these bytes are no members of a tar.
+    """
+    # The slice holds whole members without an end mark; zeros make it a complete tar.
+    with tarfile.open(fileobj=io.BytesIO(content + bytes(1024)), mode="r:") as tar:
+        files = ((member.name, tar.extractfile(member)) for member in tar)
+        return {name: file.read() if file else b"" for name, file in files}
+
+
 class MapDataset(torch.utils.data.Dataset[Sample]):
     """A dataset's samples by number, read from the shards by offset: random access, exact epochs, any sampler.
 
@@ -291,7 +308,7 @@ class MapDataset(torch.utils.data.Dataset[Sample]):
         self._storage = index.storage
         self._decode = decode
         self._rows = index.query(
-            f'select clip_id, shard, "offset", size from clips where {_where(split, where)} order by shard, "offset"'
+            f'select clip_id, shard, "offset", size from clips where {selection(split, where)} order by shard, "offset"'
         ).combine_chunks()
 
     def __len__(self) -> int:
@@ -303,10 +320,5 @@ class MapDataset(torch.utils.data.Dataset[Sample]):
         place = number % len(self)
         row = {name: self._rows[name][place].as_py() for name in ("clip_id", "shard", "offset", "size")}
         content = self._storage.get_range(row["shard"], row["offset"], row["size"])
-        sample: Sample = {"__key__": row["clip_id"]}
-        # The slice holds whole members without an end mark; zeros make it a complete tar.
-        with tarfile.open(fileobj=io.BytesIO(content + bytes(1024)), mode="r:") as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                sample[member.name.partition(".")[2]] = file.read() if file else b""
-        return _decoded(sample, self._decode)
+        members = {name.partition(".")[2]: member for name, member in members_of(content).items()}
+        return _decoded({"__key__": row["clip_id"], **members}, self._decode)

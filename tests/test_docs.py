@@ -21,7 +21,7 @@ from typer.main import get_command
 from videofactory.curation.caption import load_captioner
 from videofactory.curation.guard import ERRORS
 from videofactory.curation.signals import Frame, Signal
-from videofactory.model.generate import app as generate_app
+from videofactory.model.training.config import load_config
 from videofactory.pipelines import reference
 from videofactory.pipelines.cli import app
 from videofactory.pipelines.recipe import Recipe, changed_content, load_recipe
@@ -93,7 +93,10 @@ def variants(base: dict[str, Any], keys: list[str]) -> Iterator[Recipe]:
 
 class TestCommands:
     command = get_command(app)
-    generate = get_command(generate_app)
+    modules = {  # noqa: RUF012
+        f"videofactory.model.{name}": get_command(importlib.import_module(f"videofactory.model.{name}").app)
+        for name in ("generate", "evaluate", "train", "precompute")
+    }
 
     def check(self, line: str) -> None:
         """That `line` is a command of ours which its parser takes, a target of the Makefile, or a module that exists."""
@@ -109,12 +112,18 @@ class TestCommands:
                 assert re.search(known, makefile, re.MULTILINE), f"the Makefile knows no {argument!r} ({line})"
         elif program in ("python", "python3") and arguments[:1] == ["-m"]:
             assert importlib.util.find_spec(arguments[1]), line
-            if arguments[1] == "videofactory.model.generate":
-                self.generate.make_context("generate", arguments[2:])
+            if module := self.modules.get(arguments[1]):
+                self.check_module(module, arguments[2:])
         elif program == "pre-commit":
             assert arguments == ["install"] and (ROOT / ".pre-commit-config.yaml").exists()
         else:
             assert program in OTHER_PROGRAMS, f"unknown program {program!r} ({line})"
+
+    def check_module(self, command: Any, arguments: list[str]) -> None:
+        if hasattr(command, "commands"):
+            name = arguments.pop(0) if arguments[:1] and arguments[0] in command.commands else "score"
+            command = command.commands[name]
+        command.make_context("module", arguments)
 
     def check_command_line(self, arguments: list[str]) -> None:
         if not arguments or arguments[0].startswith("-"):
@@ -147,7 +156,8 @@ class TestCommands:
                 self.check_options(words[:1], self.known_options())
 
     def known_options(self) -> set[str]:
-        commands = [*self.command.commands.values(), self.generate]  # type: ignore[attr-defined]
+        groups = [self.command, *self.modules.values()]
+        commands = [inner for group in groups for inner in (group.commands.values() if hasattr(group, "commands") else [group])]
         return {option for command in commands for parameter in command.params for option in parameter.opts}
 
     def check_options(self, words: list[str], known: set[str]) -> None:
@@ -168,6 +178,8 @@ class TestCommands:
             "make build-dataset NO_SUCH=1",
             "python -m videofactory.nothing",
             "python -m videofactory.model.generate x --no-such-option",
+            "python -m videofactory.model.evaluate sample --no-such-option",
+            "python -m videofactory.model.train",
             "rm -rf x",
         ],
     )
@@ -251,7 +263,10 @@ def test_the_readme_lists_the_rules_of_hdvg() -> None:
 def test_recipes_in_the_documents_load(block: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(block, encoding="utf-8")
-    assert load_recipe(str(file)).rules
+    if "steps" in yaml.safe_load(block):
+        assert load_config(file).data.buckets  # of training
+    else:
+        assert load_recipe(str(file)).rules
 
 
 @pytest.fixture(scope="module")

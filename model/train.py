@@ -1,0 +1,67 @@
+"""`python -m videofactory.model.train CONFIG [key=value…]`: train the model on a dataset."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+app = typer.Typer(
+    pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+EXAMPLES = """
+CONFIG is a YAML file, or a name: [bold]miniature[/] (two CPU cores, minutes), [bold]full[/] (eight GPUs). key=value changes single
+settings: steps=1000 data.buckets.0.batch=2. All of them are in docs/training-reference.md.
+
+The same command goes on from the last checkpoint in `output`, as if it had not been interrupted. Ctrl-C ends after a checkpoint.
+
+  python -m videofactory.model.train miniature
+  python -m videofactory.model.train miniature steps=50 output=runs/try --dry-run
+  torchrun --nproc-per-node 8 -m videofactory.model.train full data.dataset=s3://bucket/clips output=runs/full
+"""
+
+
+@app.command(epilog=EXAMPLES.replace("\n", "\n\n"))
+def main(
+    config: Annotated[str, typer.Argument(help="a YAML file of settings, or the name of one that comes with the package")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="settings that differ from it")] = None,
+    device: Annotated[str, typer.Option(help="auto: a GPU for every process if there are any; or cpu")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would be trained, and end")] = False,
+) -> None:
+    """Train the text-to-video model on a dataset's shards, resumably."""
+    from .training.config import ConfigError, load_config
+    from .training.data import BadClipsError
+    from .training.processes import joined
+    from .training.tensor_files import CheckpointError
+    from .training.trainer import NotFiniteError, Trainer
+
+    console = Console(stderr=True, highlight=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    logging.getLogger("videofactory").setLevel(logging.INFO)
+    try:
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f"--device is {device!r}; auto or cpu is wanted")
+        settings = load_config(config, overrides or [])
+        with joined(device) as processes:
+            trainer = Trainer(settings, processes)
+            if processes.main:
+                console.print(trainer.describe(), markup=False, soft_wrap=True)
+            if dry_run:
+                return
+            finished = trainer.run()
+            if processes.main and finished:
+                console.print(f"{settings.steps} steps are done; everything is in {Path(settings.output)}", markup=False)
+            if not finished:
+                raise typer.Exit(130)
+    except (ConfigError, CheckpointError, BadClipsError, NotFiniteError, ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Training the swap-attention U-Net: settings, data, objective, parameters and checkpoints."""

@@ -1,0 +1,123 @@
+"""One process or many: who this one is, what is agreed with the others, and the U-Net wrapped for them.
+
+With `torchrun` or `accelerate launch` every process finds its rank in the environment; without, there is one. The same code serves
+both, on GPUs (NCCL) and processors (Gloo).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .parameters import shard
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: number of this one, from 0.
+        world: how many there are.
+        device: where this one computes.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes; changed in place."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def agree(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process; all have to ask."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+@contextlib.contextmanager
+def joined(device: str = "auto") -> Iterator[Processes]:
+    """The processes of this run, connected inside and released afterwards.
+
+    Args:
+        device: `auto`, a GPU of its own for every process if there are any, or `cpu`.
+
+    Raises:
+        ValueError: there are more processes than GPUs.
+    """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items())
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local} of this machine finds {torch.cuda.device_count()} GPUs; start as many processes as there are GPUs "
+            "(torchrun --nproc-per-node), or give --device cpu"
+        )
+    chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield Processes(rank, world, chosen)
+    finally:
+        if world > 1:
+            distributed.destroy_process_group()
+
+
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What torchrun and accelerate tell every process, and what holds without them."""
+
+
+def wrap(unet: Any, processes: Processes, parallel: str, images: bool) -> nn.Module:
+    """The U-Net as the training step calls it.
+
+    Args:
+        unet: on its device, its gradients chosen.
+        parallel: `ddp` or `fsdp`; the latter shards the U-Net itself, in place, with one process too.
+        images: whether some steps are images, in which temporal layers have no part and get no gradient.
+    """
+    if parallel == "fsdp":
+        if not distributed.is_initialized():
+            raise ValueError("parallel is fsdp, and there is one process; start several with torchrun, or set parallel to ddp")
+        shard(unet)
+        return unet
+    if processes.world == 1:
+        return unet
+    return DistributedDataParallel(
+        unet,
+        device_ids=[processes.device] if processes.device.type == "cuda" else None,
+        find_unused_parameters=images,
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextlib.contextmanager
+def gradients_meet(model: nn.Module, now: bool) -> Iterator[None]:
+    """Whether the gradients of the backward pass inside are brought together between processes: only in a step's last one."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+    with contextlib.nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync():
+        yield
