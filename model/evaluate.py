@@ -283,7 +283,7 @@ def sample(
         settings = (model, count, seed, batch, steps, guidance_scale, frames, height, width, fps, negative_prompt, number_format)
         plan = samples.Plan(*settings, samples.hash_of(texts))
         parts = samples.groups(texts, plan, where)
-        running = Running(batch, chosen, number_format, False, False, None)
+        running = Running(batch, chosen, number_format, offload=False, cuda_graph=True, attention_backend=None)
         if dry_run:
             _print_samples(plan, parts, where, out)
             return

@@ -36,8 +36,10 @@ from videofactory.model.generate_models import (
     Running,
     check_attention_backend,
     choose_device,
+    identity,
     is_lack_of_memory,
     load,
+    machine,
     outline,
     ways_to_less_memory,
 )
@@ -62,9 +64,9 @@ notes = Console(stderr=True, highlight=False)
 
 
 def make(
-    pipeline: Any, tasks: list[Task], settings: Settings, batch: int, on_step: Callable[[], None]
+    pipeline: Any, tasks: list[Task], settings: Settings, running: Running, on_step: Callable[[], None]
 ) -> Iterator[tuple[Task, Any]]:
-    """Make the videos, `batch` at once, and yield each with its frames, uint8 (F, H, W, 3).
+    """Make the videos, `running.batch` at once, and yield each with its frames, uint8 (F, H, W, 3).
 
     Raises:
         FloatingPointError: a video holds values that are no numbers.
@@ -76,8 +78,8 @@ def make(
         on_step()
         return tensors
 
-    for first in range(0, len(tasks), batch):
-        part = tasks[first : first + batch]
+    for first in range(0, len(tasks), running.batch):
+        part = tasks[first : first + running.batch]
         # On the CPU, noise is the same whatever the device is.
         generators = [torch.Generator().manual_seed(task.seed) for task in part]
         videos = pipeline(
@@ -91,6 +93,7 @@ def make(
             negative_prompt=settings.negative_prompt,
             generator=generators,
             output_type="np",
+            decode_chunk_size=running.decode_chunk_size,
             callback_on_step_end=step_done,
         ).frames
         for task, video in zip(part, videos, strict=True):
@@ -102,8 +105,11 @@ def make(
             yield task, (video * 255).round().astype("uint8")
 
 
-def run(pipeline: Any, tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:
-    """Make the videos and write them, the sheet and the record; what is there when the run breaks off gets a record, too."""
+def run(pipeline: Any, model: dict[str, Any], tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:
+    """Make the videos and write them, the sheet and the record; what is there when the run breaks off gets a record, too.
+
+    `model` is the pipeline's `identity`, for the record.
+    """
     from videofactory.model.video_files import contact_sheet, evenly_spaced, write_video
 
     out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +117,7 @@ def run(pipeline: Any, tasks: list[Task], settings: Settings, running: Running, 
     made: list[dict[str, Any]] = []
     try:
         with watching(len(tasks), settings.steps, running.batch) as (step_done, video_done):
-            for task, frames in make(pipeline, tasks, settings, running.batch, step_done):
+            for task, frames in make(pipeline, tasks, settings, running, step_done):
                 write_video(out / task.file, frames, settings.fps)
                 made.append({**asdict(task), "frames": len(frames), "height": frames.shape[1], "width": frames.shape[2]})
                 if len(rows) < SHEET_ROWS:
@@ -120,7 +126,14 @@ def run(pipeline: Any, tasks: list[Task], settings: Settings, running: Running, 
     finally:
         if made:
             contact_sheet(rows).save(out / SHEET)
-            record = {"settings": asdict(settings), "running": asdict(running), "versions": versions(), "videos": made}
+            record = {
+                "settings": asdict(settings),
+                "model": model,
+                "running": asdict(running),
+                "machine": machine(running.device),
+                "versions": versions(),
+                "videos": made,
+            }
             (out / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -184,6 +197,8 @@ def generate(
     model: Annotated[
         str, typer.Option(help="A saved pipeline's folder, a Hub id, or `miniature` (untrained U-Net).")
     ] = MINIATURE,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
+    variant: Annotated[str | None, typer.Option(help="Weights to load, e.g. `fp16`.", show_default=False)] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with a prompt a line.", show_default=False)] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show, for all.", show_default=False)] = None,
     steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps from noise to video.")] = 50,
@@ -198,17 +213,18 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the first video; each further one has the next.")] = 0,
     videos_per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Videos of each prompt.")] = 1,
     batch: Annotated[int, typer.Option(min=1, max=MOST, help="Videos made at once.")] = 1,
+    decode_chunk_size: Annotated[int, typer.Option(min=1, max=MOST, help="Frames the VAE decodes at once.")] = 16,
     device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")] = "auto",
     dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], typer.Option(help="Number format of the models.")] = "auto",
     offload: Annotated[bool, typer.Option("--offload", help="Keep only the model at work on the GPU.")] = False,
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the U-Net: slow to start, then faster.")] = False,
+    cuda_graph: Annotated[bool, typer.Option(help="On an NVIDIA GPU, replay the U-Net as a CUDA graph: faster.")] = True,
     attention_backend: Annotated[
         str | None, typer.Option(help="One of diffusers' attention backends, e.g. `native`.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", "--force", help="Replace files of an earlier run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and do nothing.")] = False,
 ) -> None:
-    """Make videos from texts: an MP4 file for each, a contact sheet, and generate.json with all that a repetition needs.
+    """Make videos from texts: an MP4 file for each, a contact sheet of the first 50, and generate.json with what a repetition needs.
 
     Example: python -m videofactory.model.generate "a red circle" "a blue star" --out videos
     """
@@ -220,20 +236,20 @@ def generate(
         check_seeds(tasks)
         check_fps(fps)
         check_outputs(tasks, out, overwrite)
-        running = Running(batch, *choose_device(device, dtype, offload), offload, compile_, attention_backend)
+        where = choose_device(device, dtype, offload)
+        running = Running(batch, *where, offload, cuda_graph, attention_backend, decode_chunk_size)
         check_attention_backend(running)
     except (ValueError, OSError) as error:
         _stop(_with_options(error))
-    settings = Settings(
-        model, negative_prompt, steps, guidance_scale, guidance_rescale, frames, height, width, fps, seed, videos_per_prompt
-    )
+    guidance, size = (guidance_scale, guidance_rescale), (frames, height, width)
+    settings = Settings(model, revision, variant, negative_prompt, steps, *guidance, *size, fps, seed, videos_per_prompt)
     if dry_run:
         _dry_run(tasks, settings, running, out)
         return
     _guarded_run(tasks, settings, running, out)
-    notes.print(
-        f"wrote {len(tasks)} video{'s' * (len(tasks) > 1)}, {out / SHEET} and {out / RECORD}", markup=False, soft_wrap=True
-    )
+    shown = f" (of the first {SHEET_ROWS})" if len(tasks) > SHEET_ROWS else ""
+    videos = f"{len(tasks)} video{'s' * (len(tasks) > 1)}"
+    notes.print(f"wrote {videos}, {out / SHEET}{shown} and {out / RECORD}", markup=False, soft_wrap=True)
 
 
 def _with_options(error: Exception) -> str:
@@ -260,7 +276,7 @@ def _check_call(pipeline: Any, settings: Settings) -> None:
 def _dry_run(tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:
     """Find the mistakes that the run would find, as far as that goes without the weights, and say what it would make."""
     try:
-        pipeline = outline(settings.model)
+        pipeline = outline(settings.model, settings.revision, settings.variant)
         if pipeline is not None:
             _check_call(pipeline, settings)
     except (ValueError, OSError, ImportError) as error:
@@ -284,14 +300,15 @@ def _guarded_run(tasks: list[Task], settings: Settings, running: Running, out: P
     purpose = "to load the model"
     try:
         try:
-            pipeline = load(settings.model, running)
+            pipeline = load(settings.model, running, settings.revision, settings.variant)
             _check_call(pipeline, settings)
+            model = identity(settings.model, pipeline, settings.variant)
         except (ValueError, OSError, ImportError) as error:
             _stop(_with_options(error))
         frames, height, width = pipeline.video_size(settings.frames, settings.height, settings.width)
         at_once = min(running.batch, len(tasks))
         purpose = f"for {at_once} video{'s' * (at_once > 1)} at once of {frames} frames, {width} x {height} pixels"
-        run(pipeline, tasks, settings, running, out)
+        run(pipeline, model, tasks, settings, running, out)
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ class Running:
     device: str
     dtype: str
     offload: bool
-    compile: bool
+    cuda_graph: bool
     attention_backend: str | None
+    decode_chunk_size: int = 16
 
     @property
     def torch_dtype(self) -> Any:
@@ -27,23 +29,35 @@ class Running:
 
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.dtype]
 
+    @property
+    def replays(self) -> bool:
+        """Whether the U-Net is replayed as a CUDA graph: where it is wanted, and the weights stay on an NVIDIA GPU."""
+        return self.cuda_graph and self.device.startswith("cuda") and not self.offload
 
-def load(model: str, running: Running) -> Any:
+
+def load(model: str, running: Running, revision: str | None = None, variant: str | None = None) -> Any:
     """The pipeline, where and how it is to run.
+
+    Args:
+        model: a saved pipeline's folder, a Hub id, or the miniature.
+        running: where and how.
+        revision: branch, tag or commit of a Hub id.
+        variant: of the weights' files, such as `fp16`.
 
     Raises:
         OSError: there is no such model.
         ValueError: the model is of another kind, or the machine or the U-Net cannot run it so.
     """
     import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    _disable_progress_bars()
+    check_name(model, revision, variant)
     if model == MINIATURE:
         from videofactory.model import miniature
 
+        if torch.device(running.device).type == "cpu":
+            # Several threads on tensors this small wait for each other more than they compute, on a busy machine tenfold.
+            torch.set_num_threads(1)
         pipeline = miniature.pipeline()
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             # The models' own `to` warns of a cast that is right here.
@@ -51,8 +65,7 @@ def load(model: str, running: Running) -> Any:
     else:
         from videofactory.model.pipeline import TextToVideoSwapPipeline
 
-        check_name(model)
-        pipeline = TextToVideoSwapPipeline.from_pretrained(model, dtype=running.torch_dtype)
+        pipeline = TextToVideoSwapPipeline.from_pretrained(model, dtype=running.torch_dtype, revision=revision, variant=variant)
         if missing := [name for name, part in pipeline.components.items() if part is None]:
             raise ValueError(f"the pipeline {model} was saved without its {', '.join(missing)}; save it with all of its parts")
     pipeline.set_progress_bar_config(disable=True)
@@ -62,22 +75,59 @@ def load(model: str, running: Running) -> Any:
         pipeline.to(running.device)
     if running.attention_backend is not None:
         pipeline.unet.set_attention_backend(running.attention_backend)
-    if running.compile:
-        pipeline.unet.compile_repeated_blocks()
+    if running.replays:
+        pipeline.enable_cuda_graph()
     return pipeline
 
 
-def check_name(model: str) -> None:
-    """Whether `model` can be the name of a pipeline.
+def _disable_progress_bars() -> None:
+    """Those of diffusers and transformers, which would stand above the one line of an error."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def check_name(model: str, revision: str | None = None, variant: str | None = None) -> None:
+    """Whether `model` can be the name of a pipeline, and has revisions and variants, if one was chosen.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: it is empty, or the choice would be ignored.
     """
     if not model.strip():
         raise ValueError(f"--model is empty; name a saved pipeline's folder, a Hub id such as owner/name, or {MINIATURE}")
+    if variant is not None and model == MINIATURE:
+        raise ValueError(
+            f"--variant {variant} chooses among the weights of a saved pipeline, and --model is {MINIATURE}; leave it out"
+        )
+    if revision is not None and (model == MINIATURE or Path(model).is_dir()):
+        raise ValueError(f"--revision {revision} is for a model on the Hub, and --model {model} is on this machine; leave it out")
 
 
-def outline(model: str) -> Any:
+def identity(model: str, pipeline: Any, variant: str | None = None) -> dict[str, Any]:
+    """Which weights a loaded pipeline has: the commit of a model on the Hub, else the SHA-256 of every file it was loaded from."""
+    from videofactory.model import miniature, pipeline_files
+
+    if model != MINIATURE and not Path(model).is_dir():
+        # It was loaded from the Hub's cache, where the folder of a snapshot has the name of its commit.
+        return {"commit": Path(pipeline.name_or_path).name}
+    folder = miniature.WEIGHTS if model == MINIATURE else Path(model)
+    return {"sha256": pipeline_files.digests(folder, pipeline.components, variant)}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What of the machine decides the last bits of a video: the device's name, and whether our kernels for GPUs serve there."""
+    import torch
+
+    from videofactory.model import gpu
+
+    if torch.device(device).type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "kernels": gpu.kernels is not None}
+    return {"device": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "kernels": False}
+
+
+def outline(model: str, revision: str | None = None, variant: str | None = None) -> Any:
     """The pipeline with the weights of the VAE and the U-Net left out, and without a text encoder; `None` if it is on the Hub.
 
     Raises:
@@ -92,9 +142,10 @@ def outline(model: str) -> Any:
     from videofactory.model.pipeline import TextToVideoSwapPipeline
     from videofactory.model.unet import SwapUNet
 
+    _disable_progress_bars()
+    check_name(model, revision, variant)
     if model == MINIATURE:
         return miniature.pipeline()
-    check_name(model)
     directory = Path(model)
     if not directory.is_dir():
         try:
@@ -110,7 +161,7 @@ def outline(model: str) -> Any:
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(directory / "vae"))
         unet = SwapUNet.from_config(SwapUNet.load_config(directory / "unet"))
-    return TextToVideoSwapPipeline.from_pretrained(directory, vae=vae, unet=unet, text_encoder=None)
+    return TextToVideoSwapPipeline.from_pretrained(directory, vae=vae, unet=unet, text_encoder=None, variant=variant)
 
 
 def choose_device(device: str, dtype: str, offload: bool) -> tuple[str, str]:
@@ -174,6 +225,8 @@ def ways_to_less_memory(running: Running) -> str:
     ways = {
         "--offload": running.device.startswith("cuda") and not running.offload,
         "--batch 1": running.batch > 1,
+        "--no-cuda-graph": running.replays,
+        "--decode-chunk-size 1": running.decode_chunk_size > 1,
         "fewer --frames": True,
         "a smaller --height and --width": True,
         "--dtype bf16": running.dtype == "fp32",

@@ -20,6 +20,8 @@ class Settings:
     """What a run does with each prompt; `None` is the model's own."""
 
     model: str
+    revision: str | None
+    variant: str | None
     negative_prompt: str | None
     steps: int
     guidance_scale: float

@@ -4,7 +4,6 @@ Shapes in names: B clips, C channels, F frames, H and W latent positions or pixe
 """
 
 import inspect
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +18,11 @@ from diffusers.video_processor import VideoProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import pipeline_files, pipeline_inputs, pipeline_texts
+from .graphs import RecordedUNet
 from .pipeline_output import TextToVideoSwapPipelineOutput
 from .unet import SwapUNet
 
 __all__ = ["TextToVideoSwapPipeline", "TextToVideoSwapPipelineOutput"]
-
-logger = logging.getLogger(__name__)
 
 # By name; the negative prompt's is `None` without guidance.
 Tensors = dict[str, Any]
@@ -70,7 +68,8 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.video_processor = VideoProcessor(do_resize=False, vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale, self._guidance_rescale, self._num_timesteps, self._interrupt = 1.0, 0.0, 0, False
-        self._cut_prompts: set[str] = set()
+        self._loss_warnings = pipeline_texts.LossWarnings()
+        self._recorded: RecordedUNet | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "TextToVideoSwapPipeline":
@@ -141,8 +140,8 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         """
         levels = len(self.unet.config.block_out_channels) if self.unet is not None else 1
         pipeline_inputs.check_size(*self.video_size(num_frames, height, width), self.vae_scale_factor, levels)
-        texts = [settings.get(name) for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")]
-        pipeline_inputs.check_texts(prompt, *texts)
+        texts = {name: settings.get(name) for name in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
+        pipeline_inputs.check_texts(prompt, **texts, unet=self.unet)
         pipeline_inputs.check_settings(settings, self._callback_tensor_inputs)
         # It may have been exchanged since the pipeline was made.
         pipeline_inputs.check_scheduler(self.scheduler)
@@ -158,6 +157,21 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
             defaults.default_height if height is None else height,
             defaults.default_width if width is None else width,
         )
+
+    def enable_cuda_graph(self) -> None:
+        """From now on replay the U-Net as a CUDA graph: the same videos, several times as fast where few are made at once.
+
+        A graph is recorded when a size first comes. It keeps the U-Net as it is now: call this again after the U-Net was moved or
+        exchanged, or has got other weights, adapters or another attention backend.
+
+        Raises:
+            ValueError: the U-Net is not on a GPU, or models are offloaded, which moves weights at every step.
+        """
+        if getattr(self.unet, "_hf_hook", None) is not None:
+            raise ValueError(
+                "a CUDA graph needs weights that stay where they are, and models are offloaded; choose one of the two"
+            )
+        self._recorded = RecordedUNet(self.unet)
 
     def encode_prompt(
         self,
@@ -183,9 +197,9 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
             Both (prompts * num_videos_per_prompt, T, D); the second is `None` without guidance.
 
         Raises:
-            ValueError: prompts and negative prompts differ in number or, embedded, in shape.
+            ValueError: prompts and negative prompts differ in number or, embedded, in shape, or do not fit the U-Net.
         """
-        pipeline_inputs.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        pipeline_inputs.check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, unet=self.unet)
         device = device or self._execution_device
         prompt_embeds = self._embeddings(prompt, prompt_embeds, num_videos_per_prompt, device)
         if not do_classifier_free_guidance:
@@ -202,17 +216,10 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         if embeds is None:
             texts = [texts] if isinstance(texts, str) else list(texts or ())
-            self._warn_of_losses(texts)
+            self._loss_warnings.tell(texts, self.tokenizer)
             embeds = pipeline_texts.embed(texts, self.tokenizer, self.text_encoder, device)
         dtype = self.unet.dtype if self.unet is not None else embeds.dtype
         return embeds.to(device=device, dtype=dtype).repeat_interleave(repeats, dim=0)
-
-    def _warn_of_losses(self, texts: list[str]) -> None:
-        """Say of each text that is too long what is not read, the first time it comes."""
-        for text in texts:
-            if text not in self._cut_prompts and (loss := pipeline_texts.loss(text, self.tokenizer)):
-                self._cut_prompts.add(text)
-                logger.warning("%s", loss)
 
     def prepare_latents(
         self,
@@ -245,12 +252,12 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         noise: torch.Tensor = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
         return noise
 
-    def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int | None = 16) -> torch.Tensor:
         """Decode latents frame by frame.
 
         Args:
             latents: (B, C, F, H, W), of deviation one.
-            decode_chunk_size: frames that the VAE decodes at once; fewer need less memory.
+            decode_chunk_size: frames that the VAE decodes at once; fewer need less memory. `None`: all.
 
         Returns:
             Float32 (B, 3, F, 8 * H, 8 * W), about -1 to 1.
@@ -258,7 +265,7 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         batch, frames = latents.shape[0], latents.shape[2]
         images = latents.permute(0, 2, 1, 3, 4).flatten(0, 1).to(self.vae.dtype) / self.vae.config.scaling_factor
         images = images + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        parts = torch.split(images, decode_chunk_size)
+        parts = torch.split(images, decode_chunk_size or len(images))
         pictures = torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in parts])
         return pictures.reshape(batch, frames, *pictures.shape[1:]).permute(0, 2, 1, 3, 4)
 
@@ -283,7 +290,7 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        decode_chunk_size: int = 16,
+        decode_chunk_size: int | None = 16,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> TextToVideoSwapPipelineOutput | tuple[Any]:
@@ -305,7 +312,7 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
             prompt_embeds, negative_prompt_embeds: instead of the texts, (prompts, T, D), see `encode_prompt`.
             output_type: `pil`, `np`, `pt` or `latent`, see `TextToVideoSwapPipelineOutput`.
             return_dict: whether to return an object, else a tuple of the frames alone.
-            decode_chunk_size: frames that the VAE decodes at once.
+            decode_chunk_size: frames that the VAE decodes at once; fewer need less memory. `None`: all.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after every step; tensors in the dict that it
                 returns replace those of the call.
             callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it is given.
@@ -333,7 +340,7 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return TextToVideoSwapPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def _pictures(self, latents: torch.Tensor, decode_chunk_size: int, output_type: str) -> Any:
+    def _pictures(self, latents: torch.Tensor, decode_chunk_size: int | None, output_type: str) -> Any:
         video = self.decode_latents(latents, decode_chunk_size)
         return self.video_processor.postprocess_video(video, output_type=output_type)
 
@@ -377,7 +384,10 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
             texts = torch.cat([negative_prompt_embeds, prompt_embeds])
             latents = torch.cat([latents, latents])
         noisy = self.scheduler.scale_model_input(latents, step)
-        prediction: torch.Tensor = self.unet(noisy, step, encoder_hidden_states=texts, return_dict=False)[0]
+        if self._recorded is None:
+            prediction: torch.Tensor = self.unet(noisy, step, encoder_hidden_states=texts, return_dict=False)[0]
+        else:
+            prediction = self._recorded(noisy, step, texts)
         if texts is prompt_embeds:
             return prediction
         without, with_text = prediction.chunk(2)

@@ -4,15 +4,22 @@ diffusers does not load a component of another package straight from the Hub, no
 directory it does.
 """
 
-import inspect
+import hashlib
 import json
-import re
 from collections.abc import Collection, Iterable, MutableMapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 INDEX = "model_index.json"
+
+LOADING_OPTIONS = (
+    "cache_dir", "custom_pipeline", "custom_revision", "device_map", "disable_mmap", "dtype", "force_download",
+    "load_connected_pipeline", "local_files_only", "low_cpu_mem_usage", "max_memory", "mirror", "offload_folder", "offload_state_dict",
+    "output_loading_info", "provider", "provider_options", "proxies", "quantization_config", "revision", "sess_options", "token",
+    "torch_dtype", "trust_remote_code", "use_flashpack", "use_onnx", "use_safetensors", "variant",
+)  # fmt: skip
+"""What `from_pretrained` of diffusers takes by name, and what it documents and ignores: its signature has `**kwargs` alone."""
 
 _TEXTS = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
@@ -29,22 +36,12 @@ def check_options(options: Iterable[str], own: Collection[str]) -> None:
     Raises:
         TypeError: one is unknown; the message has the nearest name that is not.
     """
-    known = {*own, *_loading_options()}
+    known = {*own, *LOADING_OPTIONS}
     for name in options:
         if name not in known:
             nearest = get_close_matches(name, sorted(known), 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"the pipeline's own are {', '.join(sorted(own))}"
             raise TypeError(f"from_pretrained knows no argument {name}, nor does diffusers; {hint}")
-
-
-def _loading_options() -> set[str]:
-    """What `from_pretrained` of diffusers takes, and what it documents and ignores."""
-    from diffusers import DiffusionPipeline
-
-    function = inspect.unwrap(DiffusionPipeline.from_pretrained.__func__)
-    # It takes **kwargs alone, and picks each out by name: the names are among the constants of its code.
-    read = {constant for constant in function.__code__.co_consts if isinstance(constant, str)}
-    return read | set(re.findall(r"^ +(\w+) ?\([`']", function.__doc__ or "", re.MULTILINE))
 
 
 def fetch(name: str, components: Collection[str], options: MutableMapping[str, Any]) -> Path:
@@ -82,6 +79,16 @@ def fetch(name: str, components: Collection[str], options: MutableMapping[str, A
         raise FileNotFoundError(f"the Hub's repository {name} holds no {INDEX}, so it is no saved pipeline")
     _check_unet(directory, wanted)
     return _snapshot(name, [INDEX, *_patterns(wanted, options.get("variant"))], hub)
+
+
+def digests(directory: Path, components: Collection[str], variant: str | None = None) -> dict[str, str]:
+    """SHA-256 of the files that these components of a saved pipeline are loaded from, by name; several GB take some seconds."""
+    found = {path for pattern in (INDEX, *_patterns(components, variant)) for path in directory.glob(pattern)}
+    hashes = {}
+    for path in sorted(found):
+        with path.open("rb") as file:
+            hashes[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _patterns(components: Collection[str], variant: str | None) -> list[str]:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,6 +12,16 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+_MAY_BE_NONE = (
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "decode_chunk_size",
+    "generator",
+    "latents",
+    "callback_on_step_end",
+)
 
 
 def check_components(vae: Any, text_encoder: Any, unet: Any) -> None:
@@ -112,9 +122,13 @@ def check_size(frames: int, height: int, width: int, factor: int, levels: int) -
 
 
 def check_texts(
-    prompt: Any, negative_prompt: Any, prompt_embeds: torch.Tensor | None, negative_prompt_embeds: torch.Tensor | None
+    prompt: Any,
+    negative_prompt: Any,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+    unet: Any = None,
 ) -> None:
-    """Whether prompts are given once, as texts or embedded, and negative ones fit them.
+    """Whether prompts are given once, as texts or embedded, and negative ones fit them; embedded ones have to fit the U-Net.
 
     Raises:
         ValueError: names the arguments and their values.
@@ -126,6 +140,9 @@ def check_texts(
         raise ValueError("both negative_prompt and negative_prompt_embeds were given; give one of them")
     _check_strings("prompt", prompt)
     _check_strings("negative_prompt", negative_prompt)
+    width = None if unet is None else unet.config.cross_attention_dim
+    _check_embeds("prompt_embeds", prompt_embeds, width)
+    _check_embeds("negative_prompt_embeds", negative_prompt_embeds, width)
     count = 1 if isinstance(prompt, str) else len(prompt if prompt_embeds is None else prompt_embeds)
     if isinstance(negative_prompt, list) and len(negative_prompt) != count:
         raise ValueError(f"{len(negative_prompt)} negative prompts were given for {count} prompts; give one for all, or {count}")
@@ -168,29 +185,77 @@ def _check_strings(name: str, texts: Any) -> None:
         raise ValueError(f"{name} is an empty list; give at least one")
 
 
+def _check_embeds(name: str, embeds: Any, width: int | None) -> None:
+    if embeds is None:
+        return
+    _check_tensor(name, embeds)
+    shape = tuple(embeds.shape)
+    if len(shape) != 3 or 0 in shape or width not in (None, shape[2]):
+        last = "channels" if width is None else f"{width}, the U-Net's cross_attention_dim"
+        raise ValueError(f"{name} have the shape {shape}; it has to be (prompts, tokens, {last}), as encode_prompt returns them")
+
+
 def check_settings(settings: Mapping[str, Any], callback_tensors: Sequence[str]) -> None:
-    """Whether the numbers and names among the arguments of a call are valid; what is not in `settings` is not checked.
+    """Whether the arguments of a call, but for texts and sizes, have values of the right kind; what is not in `settings` is not checked.
 
     Raises:
         ValueError: names the value and what would be valid.
     """
+    given = {name: value for name, value in settings.items() if not (value is None and name in _MAY_BE_NONE)}
     for name in ("num_inference_steps", "num_videos_per_prompt", "decode_chunk_size"):
-        if (number := settings.get(name)) is not None:
-            _check_whole(name, number, "at least 1")
-    if not math.isfinite(scale := settings.get("guidance_scale") or 0.0):
-        raise ValueError(f"guidance_scale is {scale}; it has to be a finite number, such as 9.0")
+        if name in given:
+            _check_whole(name, given[name], "at least 1")
+    if "guidance_scale" in given:
+        _check_number("guidance_scale", given["guidance_scale"], "a finite number, such as 9.0")
     for name in ("guidance_rescale", "eta"):
-        if not 0 <= (share := settings.get(name) or 0.0) <= 1:
-            raise ValueError(f"{name} is {share}; it has to lie between 0 and 1")
-    output_type = settings.get("output_type", "pil")
+        if name in given:
+            _check_number(name, given[name], "a number between 0 and 1")
+            if not 0 <= given[name] <= 1:
+                raise ValueError(f"{name} is {given[name]}; it has to lie between 0 and 1")
+    if "latents" in given:
+        _check_tensor("latents", given["latents"])
+    if "generator" in given:
+        _check_generators(given["generator"])
+    output_type = given.get("output_type", "pil")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}; it has to be one of {', '.join(OUTPUT_TYPES)}")
-    asked = settings.get("callback_on_step_end_tensor_inputs") or ()
-    if unknown := [name for name in asked if name not in callback_tensors]:
+    callback = given.get("callback_on_step_end")
+    if callback is not None and not callable(callback):
         raise ValueError(
-            f"callback_on_step_end_tensor_inputs holds {', '.join(map(repr, unknown))}; "
-            f"a callback can be given {', '.join(callback_tensors)}"
+            f"callback_on_step_end is {callback!r}, of type {type(callback).__name__}; it has to be a function, called as "
+            "callback(pipeline, step, timestep, tensors)"
         )
+    _check_callback_inputs(given.get("callback_on_step_end_tensor_inputs", ()), callback_tensors)
+
+
+def _check_callback_inputs(asked: Any, callback_tensors: Sequence[str]) -> None:
+    name, known = "callback_on_step_end_tensor_inputs", ", ".join(callback_tensors)
+    if not isinstance(asked, list | tuple):
+        raise ValueError(f"{name} is {asked!r}, of type {type(asked).__name__}; it has to be a list of names among {known}")
+    if unknown := [tensor for tensor in asked if tensor not in callback_tensors]:
+        raise ValueError(f"{name} holds {', '.join(map(repr, unknown))}; a callback can be given {known}")
+
+
+def _check_generators(generator: Any) -> None:
+    for one in generator if isinstance(generator, list) else [generator]:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"generator is {generator!r}; it has to be a torch.Generator, such as torch.Generator().manual_seed(3), or a list "
+                "of them, one for each video"
+            )
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is {value!r}, of type {type(value).__name__}; it has to be a torch.Tensor")
+
+
+def _check_number(name: str, value: Any, wanted: str) -> None:
+    """Whether `value` is a finite number; a text or `None` would fail in the midst of denoising."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} is {value!r}, of type {type(value).__name__}; it has to be {wanted}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it has to be {wanted}")
 
 
 def _check_whole(name: str, value: Any, wanted: str) -> None:

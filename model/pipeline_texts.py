@@ -1,5 +1,7 @@
 """Prompts as embeddings, and what of a prompt a text encoder does not read."""
 
+import logging
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +9,10 @@ import torch
 
 MOST_SHOWN = 80
 """Characters of a prompt that a message shows."""
+MOST_REMEMBERED = 1000
+"""Prompts of which it is known that their loss was told."""
+
+logger = logging.getLogger(__name__)
 
 
 def embed(texts: Sequence[str], tokenizer: Any, text_encoder: Any, device: torch.device) -> torch.Tensor:
@@ -31,6 +37,25 @@ def loss(text: str, tokenizer: Any) -> str | None:
         f"the prompt {shortened(text)!r} has {len(whole)} tokens, of which {length} are read; "
         f"the last {len(whole) - length} are left out: {shortened(lost)!r}"
     )
+
+
+class LossWarnings:
+    """Warns of texts that are too long, of each once, as long as it is among the last `MOST_REMEMBERED` that were."""
+
+    def __init__(self) -> None:
+        # A service makes videos of ever new prompts for months.
+        self._told: deque[int] = deque(maxlen=MOST_REMEMBERED)
+
+    def __len__(self) -> int:
+        """How many texts are remembered."""
+        return len(self._told)
+
+    def tell(self, texts: Sequence[str], tokenizer: Any) -> None:
+        """Warn of what the text encoder does not read of these texts."""
+        for text in texts:
+            if hash(text) not in self._told and (message := loss(text, tokenizer)):
+                self._told.append(hash(text))
+                logger.warning("%s", message)
 
 
 def shortened(text: str) -> str:

@@ -79,7 +79,8 @@ def test_a_run_writes_videos_a_sheet_and_a_record(saved, tmp_path):
     assert record["settings"]["guidance_rescale"] == 0.5
     assert record["settings"]["negative_prompt"] == "a cross"
     assert record["running"] == {
-        "batch": 2, "device": "cpu", "dtype": "fp32", "offload": False, "compile": False, "attention_backend": None,
+        "batch": 2, "device": "cpu", "dtype": "fp32", "offload": False, "cuda_graph": True, "attention_backend": None,
+        "decode_chunk_size": 16,
     }  # fmt: skip
     assert set(record["versions"]) == {"python", "videofactory", "torch", "diffusers", "transformers"}
     with PIL.Image.open(out / "contact-sheet.png") as sheet:
@@ -179,6 +180,12 @@ MISTAKES = [
     (["a", "--seed", "-1"], "--seed"),
     (["a", "--model", "/nowhere/at/all"], "/nowhere/at/all is no directory, and cannot be the name of a repository"),
     (["a", "--model", ""], "--model is empty; name a saved pipeline's folder, a Hub id such as owner/name, or miniature"),
+    (
+        ["a", "--revision", "v1"],
+        "--revision v1 is for a model on the Hub, and --model miniature is on this machine; leave it out",
+    ),
+    (["a", "--variant", "fp16"], "--variant fp16 chooses among the weights of a saved pipeline, and --model is miniature"),
+    (["a", "--decode-chunk-size", "0"], "--decode-chunk-size"),
     (["a", "--attention-backend", "telepathy"], "--attention-backend telepathy does not run on cpu with fp32"),
     (["a", "--attention-backend", "flash"], "Flash Attention backend 'flash' is not usable because of missing package"),
     (["a", "--attention-backend", "_native_flash", "--height", "60"], "--height is 60"),
@@ -200,6 +207,8 @@ def test_mistakes_end_in_one_message(tmp_path, arguments, message, dry):
 def test_mistakes_over_a_saved_model(saved, tmp_path, dry):
     for arguments, message in (
         (["--steps", "1001"], "--steps is 1001, which DDIMScheduler cannot take"),
+        (["--revision", "v1"], f"--revision v1 is for a model on the Hub, and --model {saved} is on this machine; leave it out"),
+        (["--variant", "fp16"], "`variant=fp16`, but no such modeling files are available"),
         (["--width", "20"], "--width is 20, no multiple of 8"),
         (["--height", "8"], "--height is 8; the model needs at least 16 pixels"),
     ):
@@ -245,7 +254,7 @@ def test_too_little_memory_says_what_helps(saved, tmp_path, monkeypatch, error, 
     assert code == 1
     assert (
         f"the memory of cpu does not suffice for 2 videos at once of 2 frames, 48 x 32 pixels ({reason}); these need less memory: "
-        "--batch 1, fewer --frames, a smaller --height and --width, --dtype bf16"
+        "--batch 1, --decode-chunk-size 1, fewer --frames, a smaller --height and --width, --dtype bf16"
     ) in printed
 
 

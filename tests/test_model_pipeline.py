@@ -14,7 +14,7 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from videofactory.model import miniature
+from videofactory.model import miniature, pipeline_texts
 from videofactory.model.pipeline import TextToVideoSwapPipeline
 
 from .model_pipelines import SMALL, TINY_UNET, make_video, seeded, small_pipeline
@@ -67,8 +67,23 @@ def test_output_types_show_the_same_video(pipe):
     assert images[0][0].size == (48, 32)
     np.testing.assert_allclose(np.asarray(images[0][1]) / 255, video[0, 1], atol=0.003)
     latents = make_video(pipe, output_type="latent")
+    torch.testing.assert_close(pipe.decode_latents(latents, decode_chunk_size=None), pipe.decode_latents(latents))
     decoded = pipe.decode_latents(latents, decode_chunk_size=2)
     np.testing.assert_allclose((decoded / 2 + 0.5).clamp(0, 1).detach().permute(0, 2, 3, 4, 1).numpy(), video, atol=1e-5)
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(2, [2, 1]), (3, [3]), (None, [3])])
+def test_the_vae_decodes_that_many_frames_at_once(pipe, monkeypatch, chunk, sizes):
+    """`None` is all of them, as for other video pipelines of diffusers."""
+    decode, seen = pipe.vae.decode, []
+
+    def decode_and_count(latents, **settings):
+        seen.append(len(latents))
+        return decode(latents, **settings)
+
+    monkeypatch.setattr(pipe.vae, "decode", decode_and_count)
+    assert make_video(pipe, decode_chunk_size=chunk, num_inference_steps=1).shape == (1, 3, 32, 48, 3)
+    assert seen == sizes
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 48), (2, 16, 16), (5, 40, 24), (2, 192, 344)])
@@ -124,6 +139,17 @@ def test_what_a_long_prompt_loses_is_said_once(caplog):
         "the prompt 'a red circle a red circle a red circle a red circle a red circle a red circle a…' has 32 tokens, "
         "of which 24 are read; the last 8 are left out: 'purple star on a ring on a ring'"
     ]
+
+
+def test_of_few_long_prompts_it_is_known_that_they_were_told(caplog):
+    """A service has ever new ones; the first comes back here when it is forgotten."""
+    pipe = small_pipeline()
+    prompts = [f"{number} " + "a red circle " * 9 for number in range(pipeline_texts.MOST_REMEMBERED + 1)]
+    warnings = pipe._loss_warnings
+    for _ in range(2):
+        warnings.tell([*prompts, prompts[-1]], pipe.tokenizer)
+        assert len(warnings) == pipeline_texts.MOST_REMEMBERED
+    assert len(caplog.records) == 2 * len(prompts)
 
 
 def test_a_very_long_prompt_is_told_in_few_words(caplog):
@@ -303,6 +329,21 @@ def test_the_vae_may_be_in_half_precision(pipe):
     decoded = half.decode_latents(latents)
     assert decoded.dtype == torch.float32
     assert (decoded - expected).abs().mean() < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph is recorded on a GPU")
+def test_a_cuda_graph_changes_nothing():
+    plain, replayed = (small_pipeline().to("cuda") for _ in range(2))
+    replayed.enable_cuda_graph()
+    for settings in ({}, {"num_frames": 3}, {"guidance_scale": 1.0}, {}):
+        for seed in (0, 1):  # the second is a replay, with other noise
+            expected, found = (make_video(pipe, seed=seed, **settings) for pipe in (plain, replayed))
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_cuda_graph_needs_a_gpu(pipe):
+    with pytest.raises(ValueError, match="it is on cpu"):
+        pipe.enable_cuda_graph()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models are offloaded from an accelerator")

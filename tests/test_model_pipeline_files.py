@@ -1,5 +1,7 @@
 """Saved pipelines: moved, loaded in a new process, fetched from the Hub, refused; never a pickle."""
 
+import hashlib
+import inspect
 import json
 import os
 import re
@@ -15,11 +17,11 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from videofactory.model import miniature
 from videofactory.model.pipeline import TextToVideoSwapPipeline
-from videofactory.model.pipeline_files import check_options
+from videofactory.model.pipeline_files import LOADING_OPTIONS, check_options, digests
 
 from .model_pipelines import TINY_UNET, make_video
 
@@ -218,14 +220,26 @@ def test_misspelt_arguments_are_named(tmp_path, name, message):
 
 
 def test_arguments_that_diffusers_knows_are_taken():
-    """Those that its documentation has at the time of writing, and those that it reads without documenting them."""
-    documented = (
-        "dtype custom_pipeline force_download cache_dir proxies output_loading_info local_files_only token revision custom_revision "
-        "mirror device_map max_memory offload_folder offload_state_dict low_cpu_mem_usage use_safetensors use_onnx variant "
-        "disable_mmap"
-    )
-    read = "torch_dtype provider sess_options provider_options quantization_config load_connected_pipeline trust_remote_code"
-    check_options([*documented.split(), *read.split(), "dduf_file", "unet"], {"unet"})
+    """Those that this diffusers documents and those that it reads: where one is new or gone, our list has to follow."""
+    load = DiffusionPipeline.from_pretrained
+    documented = set(re.findall(r"^ +(\w+) ?\([`']", load.__doc__, re.MULTILINE)) - {"pretrained_model_name_or_path", "kwargs"}
+    read = set(re.findall(r'\bkwargs\.pop\("(\w+)"', inspect.getsource(load)))
+    assert {"revision", "variant", "disable_mmap"} <= documented
+    assert {"revision", "variant", "provider"} <= read
+    assert set(LOADING_OPTIONS) == documented | read
+    check_options([*LOADING_OPTIONS, "unet"], {"unet"})
+
+
+def test_files_that_a_pipeline_is_loaded_from_have_digests(pipe, tmp_path):
+    folder = _save(pipe, tmp_path)
+    (folder / "vae" / "sample.png").write_bytes(b"")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
+    plain, half = digests(folder, pipe.components), digests(folder, pipe.components, "fp16")
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"} <= plain.keys()
+    weights = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert plain["unet/diffusion_pytorch_model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert half.keys() - plain.keys() == {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert all(not name.endswith(".png") for name in plain)
 
 
 def test_documented_arguments_load(pipe, tmp_path):

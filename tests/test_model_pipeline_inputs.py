@@ -32,6 +32,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"num_inference_steps": 0}, "num_inference_steps is 0; it has to be at least 1"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
         ({"decode_chunk_size": 0}, "decode_chunk_size is 0"),
+        ({"num_videos_per_prompt": None}, "num_videos_per_prompt is None, of type NoneType; it has to be a whole number"),
+        ({"guidance_scale": "9"}, "guidance_scale is '9', of type str; it has to be a finite number, such as 9.0"),
+        ({"guidance_scale": None}, "guidance_scale is None, of type NoneType"),
+        ({"guidance_rescale": "a"}, "guidance_rescale is 'a', of type str; it has to be a number between 0 and 1"),
+        ({"eta": None}, "eta is None, of type NoneType; it has to be a number between 0 and 1"),
+        ({"eta": True}, "eta is True, of type bool"),
+        ({"generator": 3}, r"generator is 3; it has to be a torch.Generator, such as torch.Generator\(\).manual_seed\(3\)"),
+        ({"generator": [3]}, r"generator is \[3\]; it has to be a torch.Generator"),
+        ({"latents": "s"}, "latents is 's', of type str; it has to be a torch.Tensor"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is 3, of type int; it has to be a function"),
+        ({"callback_on_step_end_tensor_inputs": None}, "callback_on_step_end_tensor_inputs is None, of type NoneType; it has"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "is 'latents', of type str; it has to be a list of names among"),
         ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; it has to lie between 0 and 1"),
         ({"eta": -0.1}, "eta is -0.1"),
         ({"output_type": "gif"}, "output_type is 'gif'; it has to be one of pil, np, pt, latent"),
@@ -51,6 +63,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             {"prompt": None, "prompt_embeds": torch.zeros(1, 24, 64), "negative_prompt_embeds": torch.zeros(1, 20, 64)},
             r"prompt_embeds have the shape \(1, 24, 64\), negative_prompt_embeds \(1, 20, 64\)",
         ),
+        ({"prompt": None, "prompt_embeds": [1]}, r"prompt_embeds is \[1\], of type list; it has to be a torch.Tensor"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(24, 64)},
+            r"^prompt_embeds have the shape \(24, 64\); it has to be \(prompts, tokens, 64, the U-Net's cross_attention_dim\)",
+        ),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 24, 60)}, r"^prompt_embeds have the shape \(1, 24, 60\); it has to be"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(0, 24, 64)}, r"^prompt_embeds have the shape \(0, 24, 64\)"),
+        ({"negative_prompt_embeds": torch.zeros(24, 64)}, r"^negative_prompt_embeds have the shape \(24, 64\); it has to be"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators were given for 1 videos"),
         (
             {"latents": torch.zeros(1, 4, 2, 4, 6)},
@@ -58,9 +78,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
     ],
 )
-def test_wrong_arguments_are_named(pipe, settings, message):
+def test_wrong_arguments_are_named_before_any_step(pipe, monkeypatch, settings, message):
+    monkeypatch.setattr(pipe, "_denoise", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "a", **SMALL, **settings})
+
+
+def test_embeddings_of_a_wrong_shape_are_named_where_they_are_repeated(pipe):
+    with pytest.raises(ValueError, match=r"^prompt_embeds have the shape \(24, 64\)"):
+        pipe.encode_prompt(None, prompt_embeds=torch.zeros(24, 64))
+
+
+def test_numbers_may_be_of_numpy_or_whole(pipe):
+    pipe.check_inputs("a", guidance_scale=np.float32(3), guidance_rescale=1, eta=np.float64(0.5))
 
 
 def test_sizes_may_be_integers_of_numpy(pipe):
