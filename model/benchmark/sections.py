@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import nn
+
+from videofactory.model import layers
 
 from .cases import COMPILED, EAGER, EAGER_GRAPH, FORWARD, GRAPH, TRAINING, Case, Row, Runner, predict, reason
 from .goals import SwapShare, swap_share
@@ -18,6 +21,7 @@ from .subjects import OURS, OURS_WITHOUT_SWAP, PEER, Inputs, Size, make_inputs
 
 _KERNELS_SHOWN = 25
 _BACKEND_BATCH = 2
+_DEFAULT = "default"
 _NATIVE = "native"
 _FLEX = "flex"
 
@@ -43,7 +47,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class BackendRow:
-    """An attention backend: why it did not run, or its milliseconds and largest relative difference from `native`."""
+    """An attention backend: why it did not run, or its milliseconds and largest difference from the same model in float32.
+
+    The difference is a share of the largest value.
+    """
 
     backend: str
     execution: str
@@ -78,20 +85,21 @@ def forward(runner: Runner, choice: Choice) -> None:
 
 
 def _forward(runner: Runner, choice: Choice, size: Size, batch: int) -> None:
-    cases = [Case(OURS, FORWARD, size, batch, execution) for execution in _our_executions(runner, graphs=batch == 1)]
-    _run_all(runner, [Case(PEER, FORWARD, size, batch, execution) for execution in _peer_executions(choice)] + cases)
+    graphs = batch == 1
+    peers = [Case(PEER, FORWARD, size, batch, execution) for execution in _peer_executions(runner, choice, graphs)]
+    _run_all(runner, peers + [Case(OURS, FORWARD, size, batch, execution) for execution in _our_executions(runner, graphs)])
 
 
 def training(runner: Runner, choice: Choice) -> None:
     """Training steps at the first size, for every batch; checkpointing at the batch that goals are judged at."""
     for batch in runner.scale.training_batches:
         plain = Case(OURS, TRAINING, runner.scale.sizes[0], batch, optimizer=choice.optimizer)
-        cases = [replace(plain, subject=PEER, execution=execution) for execution in _peer_executions(choice)]
+        peers = [replace(plain, subject=PEER, execution=execution) for execution in _peer_executions(runner, choice, graphs=True)]
         ours = [replace(plain, execution=execution) for execution in _our_executions(runner, graphs=True)]
         if batch == runner.scale.training_batches[0]:
             ours.append(replace(plain, execution=COMPILED, checkpointing=True))
         # Captured ones last: an error while a graph is recorded can leave the device unusable.
-        cases += sorted(ours, key=lambda case: case.captured)
+        cases = sorted(peers + ours, key=lambda case: case.captured)
         looked_into = looked_into_case(runner, choice)
         _run_all(runner, [looked_into if replace(case, kernels=looked_into.kernels) == looked_into else case for case in cases])
 
@@ -102,12 +110,16 @@ def other_sizes(runner: Runner, choice: Choice) -> None:
         for batch in runner.scale.other_batches:
             _forward(runner, choice, size, batch)
         step = Case(OURS, TRAINING, size, runner.scale.training_batches[0], COMPILED, optimizer=choice.optimizer)
-        peers = [replace(step, subject=PEER, execution=execution) for execution in _peer_executions(choice)]
+        peers = [replace(step, subject=PEER, execution=execution) for execution in _peer_executions(runner, choice, graphs=False)]
         _run_all(runner, [*peers, step])
 
 
-def _peer_executions(choice: Choice) -> list[str]:
-    return [EAGER] * choice.peer + [COMPILED] * (choice.peer and choice.compile_peer)
+def _peer_executions(runner: Runner, choice: Choice, graphs: bool) -> list[str]:
+    """The peer as it comes, and where ours is replayed as a graph, the peer is too."""
+    if not choice.peer:
+        return []
+    wanted = [EAGER, EAGER_GRAPH, COMPILED, GRAPH] if choice.compile_peer else [EAGER, EAGER_GRAPH]
+    return [execution for execution in wanted if execution in _our_executions(runner, graphs)]
 
 
 def _our_executions(runner: Runner, graphs: bool) -> list[str]:
@@ -174,48 +186,57 @@ def memory(runner: Runner, keep: dict[str, int]) -> None:
 
 
 def backends(runner: Runner, keep: Callable[[BackendRow], None]) -> None:
-    """Our forward pass on every attention backend that is installed, held against `native`; FlexAttention runs compiled.
+    """Our forward pass as it comes and on every attention backend that is installed, held against the same weights in float32.
 
-    Backends that would be downloaded (`*_hub`) are left out. `keep` gets each row as soon as it is there.
+    As it comes (`default`), attention over time runs in our own kernel; a backend that is chosen, `native` too, takes its place.
+    FlexAttention runs compiled. Backends that would be downloaded (`*_hub`) are left out. `keep` gets each row as soon as it is there.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-    names = [backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub")]
-    # The reference first; compiling last, since it may leave the blocks of the model compiled.
-    names.sort(key=lambda name: (name != _NATIVE, name == _FLEX, not name.startswith("_native")))
+    names = [_DEFAULT, *(backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub"))]
+    # Compiling last, since it may leave the blocks of the model compiled.
+    names.sort(key=lambda name: (name == _FLEX, name != _DEFAULT, name != _NATIVE, not name.startswith("_native")))
     runner.say(f"attention backends, forward pass, batch {_BACKEND_BATCH}, {runner.scale.sizes[0]}:")
     model = runner.build(OURS).eval()
     inputs = make_inputs(runner.scale, runner.scale.sizes[0], _BACKEND_BATCH, runner.device, runner.dtype)
-    reference: torch.Tensor | None = None
     # What is set for a model, diffusers makes the default of the process, too; afterwards it is again what it was.
     with attention_backend(_NATIVE):
+        reference = _in_float32(model, inputs)
+        release_memory(runner.device)
         for name in names:
-            row, output = _backend(runner, model, inputs, name, reference)
-            reference = output if name == _NATIVE else reference
+            row = _backend(runner, model, inputs, name, reference)
             release_memory(runner.device)  # here, where an error no longer holds the tensors of the step that failed
             keep(row)
             runner.say(f"  {row}")
 
 
-def _backend(
-    runner: Runner, model: nn.Module, inputs: Inputs, name: str, reference: torch.Tensor | None
-) -> tuple[BackendRow, torch.Tensor | None]:
+def _in_float32(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """What the model predicts with the same weights and inputs in float32, without TF32 and without our kernels."""
+    exact = copy.deepcopy(model)
+    nn.Module.float(exact)
+    cast(Any, exact).set_attention_backend(_NATIVE)
+    wider = replace(inputs, sample=inputs.sample.float(), text=inputs.text.float(), target=inputs.target.float())
+    with torch.backends.cudnn.flags(allow_tf32=False), mock.patch.object(layers, "group_norm", None):
+        return predict(exact, wider)
+
+
+def _backend(runner: Runner, model: nn.Module, inputs: Inputs, name: str, reference: torch.Tensor) -> BackendRow:
     execution = COMPILED if name == _FLEX else EAGER
     if execution == COMPILED and not runner.settings.compile:
-        return BackendRow(name, execution, "skipped: nothing is to be compiled"), None
+        return BackendRow(name, execution, "skipped: nothing is to be compiled")
     kind = f"{execution} {FORWARD}"
     if refusal := runner.budget.refusal(kind):
-        return BackendRow(name, execution, refusal), None
+        return BackendRow(name, execution, refusal)
     with runner.budget.spend(kind):
         try:
-            cast(Any, model).set_attention_backend(name)
+            if name != _DEFAULT:
+                cast(Any, model).set_attention_backend(name)
             output, timing = _timed_backend(runner, model, inputs, execution)
         except Exception as error:  # noqa: BLE001 - the other backends are still wanted
-            return BackendRow(name, execution, reason(error)), None
+            return BackendRow(name, execution, reason(error))
         finally:
             cast(Any, model).reset_attention_backend()
-    difference = 0.0 if name == _NATIVE else math.nan if reference is None else largest_difference(output, reference)
-    return BackendRow(name, execution, "", timing.milliseconds, difference), output
+    return BackendRow(name, execution, "", timing.milliseconds, largest_difference(output.float(), reference))
 
 
 def _timed_backend(runner: Runner, model: nn.Module, inputs: Inputs, execution: str) -> tuple[torch.Tensor, Timing]:
