@@ -5,6 +5,7 @@ what is left over in the child must be of the kinds that are new.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
 from .mixin import check_weights
-from .settings import check_names, per_level
+from .settings import check_agreement, check_names, per_level
 
 if TYPE_CHECKING:
     from .unet import SwapUNet
@@ -67,8 +68,6 @@ USUAL_3D: dict[str, Any] = {
 # Arguments of diffusers' `from_pretrained` that say where a parent is found and how it is read.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 LOADING = ("variant", "torch_dtype", "dtype", *HUB)
-# Settings that leave alone what the parent computes, and which weights it has.
-FREE = ("interaction", "swap_windows", "dropout")
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,8 @@ def from_unet2d(
     loading, config = _sort(cls, options)
     parent = _load(UNet2DConditionModel, unet, subfolder, loading)
     _check_usual(parent, USUAL_2D)
-    levels = len(parent.config.block_out_channels)
-    # Named attention_head_dim, it is the number of heads in every published U-Net of this class.
-    heads = parent.config.num_attention_heads or parent.config.attention_head_dim
-    heads = [heads] * levels if isinstance(heads, int) else heads
     inherited = _inherit(parent, "CrossAttnDownBlock2D", "DownBlock2D")
-    inherited["attention_head_dim"] = [
-        channels // number for channels, number in zip(parent.config.block_out_channels, heads, strict=True)
-    ]
+    inherited["attention_head_dim"] = _head_dims(parent)
     inherited["dropout"] = parent.config.dropout
     return _grow(cls, parent, inherited, config, NEW_IN_UNET2D)
 
@@ -119,7 +112,7 @@ def _sort(cls: "type[SwapUNet]", options: dict[str, Any]) -> tuple[dict[str, Any
     """Arguments for loading the parent, and settings of the child."""
     loading = {name: value for name, value in options.items() if name in LOADING}
     config = {name: value for name, value in options.items() if name not in LOADING}
-    check_names(config, cls.setting_names() | set(LOADING), cls.__name__)
+    check_names(config, cls.setting_names(), cls.__name__, LOADING)
     return loading, config
 
 
@@ -131,6 +124,10 @@ def _load(parent_class: Any, unet: Any, subfolder: str | None, loading: dict[str
         return unet
     if isinstance(unet, torch.nn.Module):
         raise ValueError(f"A {type(unet).__name__} was given; this needs a {parent_class.__name__}.")
+    if not isinstance(unet, str | os.PathLike):
+        raise TypeError(
+            f"unet = {unet!r}; a {parent_class.__name__} is wanted, or where one was saved: a directory or a Hub id, as a text or a path."
+        )
     hub = {name: value for name, value in loading.items() if name in HUB}
     found = parent_class.load_config(unet, subfolder=subfolder, **hub).get("_class_name", parent_class.__name__)
     if found != parent_class.__name__:
@@ -151,6 +148,21 @@ def _check_usual(parent: Any, usual: dict[str, Any]) -> None:
             raise ValueError(f"The parent has {name} = {value!r}; a video model can be started only where it is {wanted!r}.")
 
 
+def _head_dims(parent: Any) -> list[int]:
+    """Channels per attention head of every level of a UNet2DConditionModel."""
+    widths = parent.config.block_out_channels
+    # Named attention_head_dim, it is the number of heads in every published U-Net of this class.
+    name = "num_attention_heads" if parent.config.num_attention_heads else "attention_head_dim"
+    heads = per_level(parent.config[name], len(widths))
+    for channels, number in zip(widths, heads, strict=True):
+        if channels % number:
+            raise ValueError(
+                f"The parent has {name} = {parent.config[name]!r}: {number} heads do not divide {channels} channels. A video model can "
+                "be started where heads divide the channels of every level."
+            )
+    return [channels // number for channels, number in zip(widths, heads, strict=True)]
+
+
 def _inherit(parent: Any, attention_block: str, plain_block: str) -> dict[str, Any]:
     kinds = [attention_block, plain_block]
     blocks = list(parent.config.down_block_types)
@@ -164,28 +176,17 @@ def _inherit(parent: Any, attention_block: str, plain_block: str) -> dict[str, A
     inherited = {name: parent.config[name] for name in names}
     for name in ("layers_per_block", "cross_attention_dim"):
         value = parent.config[name]
-        per_level = {value} if isinstance(value, int) else set(value)
-        if len(per_level) > 1:
+        different = {value} if isinstance(value, int) else set(value)
+        if len(different) > 1:
             raise ValueError(f"The parent has {name} = {value!r}; a video model can be started where all levels have the same.")
-        inherited[name] = per_level.pop()
+        inherited[name] = different.pop()
     return inherited | {"attention_levels": [kind == attention_block for kind in blocks]}
-
-
-def _check_overrides(inherited: dict[str, Any], config: dict[str, Any]) -> None:
-    """Whether the settings that the caller gave leave alone what the parent computes."""
-    levels = len(inherited["block_out_channels"])
-    for name, value in config.items():
-        if name not in FREE and per_level(value, levels) != per_level(inherited[name], levels):
-            raise ValueError(
-                f"{name} = {value!r} contradicts the parent, which has {inherited[name]!r}; of the settings only {', '.join(FREE)} may "
-                "differ from it."
-            )
 
 
 def _grow(
     cls: "type[SwapUNet]", parent: Any, inherited: dict[str, Any], config: dict[str, Any], new_modules: tuple[str, ...]
 ) -> "tuple[SwapUNet, LoadingInfo]":
-    _check_overrides(inherited, config)
+    check_agreement(config, inherited, "the parent")
     settings = {"swap_windows": _windows(cls, len(inherited["block_out_channels"])), **inherited, **config}
     model = cls.from_config(settings)
     weights = dict(parent.state_dict())

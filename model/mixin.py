@@ -1,7 +1,9 @@
 """What `SwapUNet` changes in diffusers' model class: loading that leaves nothing to chance, and clear refusals of what cannot work."""
 
 import copy
+import inspect
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, Self
@@ -11,12 +13,20 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from .attention import SwapAttention, TimeAttnProcessor, VideoAttnProcessor
-from .settings import check_names
+from .settings import check_agreement, check_names
 
 # Beside a model's settings, `diffusers.training_utils.EMAModel.save_pretrained` writes its own into the same file.
 EMA_SETTINGS = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
+# Arguments of diffusers' `from_pretrained` that are no settings, for hints where one is misspelt.
+LOADING = (
+    *("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder", "variant"),
+    *("torch_dtype", "dtype", "use_safetensors", "disable_mmap", "output_loading_info", "quantization_config"),
+    *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage"),
+    *("use_flashpack", "flashpack_kwargs"),
+)
 PARENTS = {"UNet2DConditionModel": "from_unet2d", "UNet3DConditionModel": "from_unet3d"}
 BACKENDS_INSTEAD = "Choose how attention is computed with set_attention_backend(…)"
 
@@ -45,6 +55,50 @@ class StrictModelMixin(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
     _saved_interaction: str | None = None
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any) -> Self:
+        """As in diffusers; convolution weights come in the memory order that they run in.
+
+        Args:
+            pretrained_model_name_or_path: a directory or a Hub id.
+            **kwargs: diffusers' arguments for loading, and settings: those in `settings.FREE` may differ from the saved ones.
+
+        Raises:
+            TypeError: the place is neither a text nor a path.
+            ValueError: a setting is not known or contradicts the saved one, weights are not those of the model, or
+                `ignore_mismatched_sizes` is asked for.
+            OSError: there is no saved model.
+        """
+        if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            raise TypeError(
+                f"A {cls.__name__} is loaded from a directory or a Hub id, as a text or a path; {pretrained_model_name_or_path!r} is none."
+            )
+        if kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"ignore_mismatched_sizes = {kwargs['ignore_mismatched_sizes']!r} would leave weights without their saved values, and a "
+                f"{cls.__name__} is loaded whole or not at all. For a new model of other sizes: {cls.__name__}.from_config(config, …)."
+            )
+        loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return loaded
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; settings that it hands back beside those of the file must not contradict them.
+
+        Raises:
+            ValueError: one does, or is not known; the message names it.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        # `from_pretrained` asks for what is left of its arguments and makes the model of that: the last place before any weight.
+        if isinstance(loaded, tuple) and isinstance(loaded[1], dict):
+            saved, given = loaded[:2]
+            cls._check_owner(saved)
+            asked = {name: value for name, value in given.items() if not name.startswith("_")}
+            check_names(asked, cls.setting_names(), cls.__name__, LOADING)
+            defaults = {name: argument.default for name, argument in inspect.signature(cls.__init__).parameters.items()}
+            check_agreement(asked, defaults | saved, f"the checkpoint {str(pretrained_model_name_or_path)!r}")
+        return loaded
+
+    @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; keyword arguments override settings.
 
@@ -61,10 +115,7 @@ class StrictModelMixin(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         cls, config_dict: Mapping[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """As in diffusers, but a configuration of another class and a key that is not known are errors, not warnings."""
-        owner = config_dict.get("_class_name", cls.__name__)
-        if owner != cls.__name__:
-            hint = f" {cls.__name__}.{PARENTS[owner]} starts a video model from it." if owner in PARENTS else ""
-            raise ValueError(f"The checkpoint is of the class {owner}, not {cls.__name__}.{hint}")
+        cls._check_owner(config_dict)
         saved = {key: value for key, value in config_dict.items() if key not in EMA_SETTINGS | {"quantization_config"}}
         # Arguments for loading were taken out by `from_pretrained`; what is left over was meant to be a setting.
         for given in (saved, kwargs):
@@ -73,6 +124,13 @@ class StrictModelMixin(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             )
         extracted: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = super().extract_init_dict(config_dict, **kwargs)
         return extracted
+
+    @classmethod
+    def _check_owner(cls, config: Mapping[str, Any]) -> None:
+        owner = config.get("_class_name", cls.__name__)
+        if owner != cls.__name__:
+            hint = f" {cls.__name__}.{PARENTS[owner]} starts a video model from it." if owner in PARENTS else ""
+            raise ValueError(f"The checkpoint is of the class {owner}, not {cls.__name__}.{hint}")
 
     @classmethod
     def setting_names(cls) -> set[str]:
@@ -97,6 +155,8 @@ class StrictModelMixin(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             loaded_keys = [*loaded_keys, *fresh]
             expected = model.state_dict().keys()
             check_weights(model, name, expected - set(loaded_keys), set(loaded_keys) - expected)
+            # Else diffusers raises, and advises what is refused here; so it names all, and the check below raises.
+            options["ignore_mismatched_sizes"] = True
         if state_dict is None:
             files = [*files, fresh] if fresh else files  # diffusers takes weights in the place of a file of weights
         else:
@@ -104,7 +164,9 @@ class StrictModelMixin(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         loaded, missing, unexpected, mismatched, *rest = super()._load_pretrained_model(
             model, state_dict, files, name, loaded_keys, **options
         )
-        check_weights(model, name, missing, unexpected, (key for key, *_ in mismatched))
+        shapes = (f"{key}: {tuple(saved)} in the file, {tuple(wanted)} in the model" for key, saved, wanted in mismatched)
+        check_weights(model, name, missing, unexpected, shapes)
+        order_loaded(loaded)
         if fresh:
             logger.info("%d weights of swap attention are new; they change nothing before they are trained", len(fresh))
         return loaded, sorted(fresh), unexpected, mismatched, *rest
@@ -112,17 +174,14 @@ class StrictModelMixin(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Self:
         """As in PyTorch; `memory_format=torch.channels_last` means all convolutions here, those over time (5D weights) included.
 
-        Convolutions run in that order. A new model has it; weights that come from a file do not, and are reordered at every call
-        until this is done once.
+        Convolutions run in that order, and models have it when they are new and when they are loaded; weights in another are reordered
+        at every call.
         """
         if args or kwargs:
             with _without_empty_warning():
                 super().to(*args, **kwargs)
         if memory_format is not None:
-            over_time = torch.channels_last_3d if memory_format == torch.channels_last else memory_format
-            for weight in self.parameters():
-                if weight.ndim in (4, 5):
-                    weight.data = weight.data.contiguous(memory_format=memory_format if weight.ndim == 4 else over_time)
+            _order(self.parameters(), memory_format)
         return self
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -188,6 +247,19 @@ class StrictModelMixin(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
     def _refuse_processors(self, wanted: bool, backend: str) -> None:
         if wanted:
             raise NotImplementedError(f"{BACKENDS_INSTEAD}, here set_attention_backend({backend!r}), which reaches every layer.")
+
+
+def order_loaded(model: nn.Module) -> None:
+    """Bring convolution weights into the order that they run in; not those without memory yet, nor quantized ones, which have their own."""
+    weights = (weight for weight in model.parameters() if not weight.is_meta)
+    _order((weight for weight in weights if type(weight) is nn.Parameter and weight.is_floating_point()), torch.channels_last)
+
+
+def _order(weights: Iterable[nn.Parameter], memory_format: torch.memory_format) -> None:
+    over_time = torch.channels_last_3d if memory_format == torch.channels_last else memory_format
+    for weight in weights:
+        if weight.ndim in (4, 5):
+            weight.data = weight.data.contiguous(memory_format=memory_format if weight.ndim == 4 else over_time)
 
 
 def check_weights(

@@ -2,12 +2,14 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from .attention import INTERACTIONS
 
 COUNTS = ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups")
+# Settings that may be chosen anew for weights that exist; the others say what shapes these have, or what they were trained to do.
+FREE = ("interaction", "swap_windows", "dropout")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -15,11 +17,26 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return difflib.get_close_matches(str(name), sorted(known), n=1, cutoff=0)[0]
 
 
-def check_names(given: Mapping[str, Any], known: Iterable[str], owner: str) -> None:
-    """Raise a `ValueError` for the first name that is not known; it names the nearest that is."""
+def check_names(given: Mapping[str, Any], known: Collection[str], owner: str, others: Iterable[str] = ()) -> None:
+    """Raise a `ValueError` for the first name that is no known setting.
+
+    It names the nearest setting or, of `others`, argument that may stand beside settings; where none is near, all settings.
+    """
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"{owner} has no setting {name!r} (= {value!r}). The nearest is {nearest(name, known)!r}.")
+            near = difflib.get_close_matches(str(name), sorted({*known, *others}), n=1)
+            hint = f"The nearest is {near[0]!r}." if near else f"Its settings are {', '.join(sorted(known))}."
+            raise ValueError(f"{owner} has no setting {name!r} (= {value!r}). {hint}")
+
+
+def check_agreement(given: Mapping[str, Any], present: Mapping[str, Any], owner: str) -> None:
+    """Raise a `ValueError` for the first setting given that is not as in `present`, those of `owner`; those in `FREE` may differ."""
+    for name, value in given.items():
+        if name not in FREE and not _is_same(value, present[name]):
+            raise ValueError(
+                f"{name} = {value!r} contradicts {owner}, which has {present[name]!r}; of the settings only {', '.join(FREE)} may "
+                "differ from it."
+            )
 
 
 def per_level(value: Any, levels: int) -> tuple[Any, ...]:
@@ -82,6 +99,12 @@ def _check_widths(settings: Mapping[str, Any]) -> None:
         for name, divisor in {"norm_num_groups": groups, "attention_head_dim": head_dim}.items():
             if width % divisor:
                 raise ValueError(f"{name} = {divisor} does not divide {width} of block_out_channels = {tuple(channels)!r}.")
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values of a setting mean the same: a list is as good as a tuple, and one number stands for all levels."""
+    levels = max((len(value) for value in (one, other) if _is_list(value)), default=1)
+    return per_level(one, levels) == per_level(other, levels)
 
 
 def _is_list(value: object) -> bool:

@@ -5,9 +5,11 @@ from the weights of an image model (`from_unet2d`) or of ModelScope's video mode
 its parent does, because everything new begins with a zero at its end.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -119,15 +121,17 @@ class SwapUNet(StrictModelMixin):
 
         Args:
             sample: noisy latents, (B, in_channels, F, H, W); F = 1 is an image. H and W are any size of at least 2 ** (levels - 1).
-            timestep: one for all clips or one per clip, (B,).
-            encoder_hidden_states: the embedded text, (B, T, cross_attention_dim), of the latents' dtype.
+            timestep: one for all clips, at least 0, or one per clip, (B,).
+            encoder_hidden_states: the embedded text, (B, T, cross_attention_dim); of the model's dtype, as the latents.
             return_dict: whether to return a `SwapUNetOutput`, else a tuple of one tensor.
 
         Returns:
             The prediction, (B, out_channels, F, H, W).
 
         Raises:
-            ValueError: a shape does not fit the model, or latents and text differ in dtype; the message names both values.
+            TypeError: latents or text are no tensor, or the time step is neither a number nor a tensor.
+            ValueError: a shape does not fit the model, latents, text and model differ in dtype, or a time step that is a Python number
+                is negative or not finite; the message names the values.
         """
         self._check_inputs(sample, timestep, encoder_hidden_states)
         batch, frames = sample.shape[0], sample.shape[2]
@@ -160,6 +164,9 @@ class SwapUNet(StrictModelMixin):
         return embedded
 
     def _check_inputs(self, sample: torch.Tensor, timestep: torch.Tensor | float, text: torch.Tensor) -> None:
+        for name, given in {"sample": sample, "encoder_hidden_states": text}.items():
+            if not torch.is_tensor(given):
+                raise TypeError(f"{name} is of the type {type(given).__name__}; a tensor is wanted.")
         least = 2 ** (len(self.config.block_out_channels) - 1)
         if sample.ndim != 5 or sample.shape[1] != self.config.in_channels or not sample.shape[0] or not sample.shape[2]:
             raise ValueError(
@@ -171,17 +178,14 @@ class SwapUNet(StrictModelMixin):
             raise ValueError(
                 f"Latents of height {height} and width {width} are too small to be halved: at least {least} is needed."
             )
-        if torch.is_tensor(timestep) and timestep.numel() not in (1, len(sample)):
-            raise ValueError(
-                f"The time steps have the shape {tuple(timestep.shape)}; one is wanted, or one for each of {len(sample)} clips."
-            )
+        _check_timestep(timestep, len(sample))
         width = self.config.cross_attention_dim
         if text.ndim != 3 or text.shape[0] != sample.shape[0] or text.shape[2] != width or not text.shape[1]:
             wanted = (sample.shape[0], "tokens", width)
             raise ValueError(
                 f"The embedded text has the shape {tuple(text.shape)}; {wanted} is wanted: a text of at least one token for every clip."
             )
-        _check_precision(sample, text)
+        _check_precision(sample, text, self.conv_in)
 
     @classmethod
     def from_unet2d(
@@ -198,6 +202,7 @@ class SwapUNet(StrictModelMixin):
                 `interaction`, `swap_windows`, `dropout`.
 
         Raises:
+            TypeError: `unet` is neither a model nor a text or path.
             ValueError: the parent has a setting that this model cannot follow, or weights that would be lost; or an option is not
                 known, or contradicts the parent.
         """
@@ -211,16 +216,45 @@ class SwapUNet(StrictModelMixin):
         """A model that equals ModelScope's text-to-video U-Net (`UNet3DConditionModel`) on two frames and more; arguments as above.
 
         E.g. `SwapUNet.from_unet3d("ali-vilab/text-to-video-ms-1.7b", subfolder="unet")`. Of a single frame the parent makes a video,
-        with its layers over time, and this one an image, without them.
+        with its layers over time, and this one an image, without them. They are equal in evaluation: in training the parent drops a
+        tenth in its temporal convolutions, which diffusers fixes, and this one `dropout`, by default nothing.
         """
         model, info = inflation.from_unet3d(cls, unet, subfolder, options)
         return (model, info) if output_loading_info else model
 
 
-def _check_precision(sample: torch.Tensor, text: torch.Tensor) -> None:
+def _check_timestep(timestep: Any, clips: int) -> None:
+    if torch.is_tensor(timestep):
+        # Its values are not looked at: that would wait for the GPU.
+        if timestep.numel() not in (1, clips):
+            raise ValueError(
+                f"The time steps have the shape {tuple(timestep.shape)}; one is wanted, or one for each of {clips} clips."
+            )
+    elif not isinstance(timestep, Real):
+        raise TypeError(f"timestep = {timestep!r}; a number is wanted, or a tensor of one or of one for each of {clips} clips.")
+    elif not 0 <= float(timestep) < math.inf:
+        raise ValueError(f"timestep = {timestep!r}; a number of at least 0 is wanted.")
+
+
+def _check_precision(sample: torch.Tensor, text: torch.Tensor, first: nn.Module) -> None:
     both = f"The latents are {sample.dtype} and the embedded text is {text.dtype}"
     if not (sample.is_floating_point() and text.is_floating_point()):
         raise ValueError(f"{both}; floating-point numbers are wanted, of the model's own precision: .to(unet.dtype).")
-    # Under autocast PyTorch brings both to one precision, layer by layer.
-    if sample.dtype != text.dtype and not torch.is_autocast_enabled(sample.device.type):
-        raise ValueError(f"{both}; one precision is wanted, the model's own: .to(unet.dtype).")
+    own = _needed_precision(first)
+    needed = sample.dtype if own is None else own
+    # Under autocast PyTorch brings all to one precision, layer by layer.
+    if {sample.dtype, text.dtype} != {needed} and not torch.is_autocast_enabled(sample.device.type):
+        wanted = "the model's own" if own is None else f"the model's own, {own}"
+        raise ValueError(f"{both}; one precision is wanted, {wanted}: .to(unet.dtype), or torch.autocast.")
+
+
+def _needed_precision(layer: nn.Module) -> torch.dtype | None:
+    """The precision of a convolution's weights, which PyTorch wants of its input too; None where that is not certain.
+
+    It is not where something may convert either on the way: hooks (layerwise casting, offloading, data parallel training), a layer
+    or weight in the place of PyTorch's own (adapters, sharding, quantization).
+    """
+    hooked = "forward" in layer.__dict__ or layer._forward_pre_hooks
+    if hooked or type(layer) is not nn.Conv2d or type(layer.weight) is not nn.Parameter:
+        return None
+    return layer.weight.dtype

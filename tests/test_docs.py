@@ -158,7 +158,12 @@ class TestCommands:
     def known_options(self) -> set[str]:
         groups = [self.command, *self.modules.values()]
         commands = [inner for group in groups for inner in (group.commands.values() if hasattr(group, "commands") else [group])]
-        return {option for command in commands for parameter in command.params for option in parameter.opts}
+        return {
+            option
+            for command in commands
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
 
     def check_options(self, words: list[str], known: set[str]) -> None:
         assert {word for word in words if word.startswith("--")} <= known

@@ -1,10 +1,12 @@
 """A U-Net that starts from an image or video model computes what its parent does, from every one of its weights, or says why not."""
 
 import inspect
+import re
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
+from torch import nn
 
 from videofactory.model.attention import INTERACTIONS
 from videofactory.model.inflation import USUAL_2D, USUAL_3D
@@ -198,6 +200,19 @@ def test_an_image_model_with_an_unusual_setting_is_refused(unusual):
 
 
 @pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ({"attention_head_dim": 3}, "The parent has attention_head_dim = 3: 3 heads do not divide 16 channels."),
+        ({"attention_head_dim": (4, 5)}, "The parent has attention_head_dim = (4, 5): 5 heads do not divide 32 channels."),
+    ],
+    ids=str,
+)
+def test_heads_that_do_not_divide_the_channels_are_refused_as_the_parent_has_them(heads, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SwapUNet.from_unet2d(image_model(**heads))
+
+
+@pytest.mark.parametrize(
     "unusual", [{"act_fn": "gelu"}, {"downsample_padding": 0}, {"mid_block_scale_factor": 2}, {"time_cond_proj_dim": 8}], ids=str
 )
 def test_a_video_model_with_an_unusual_setting_is_refused(unusual):
@@ -254,6 +269,16 @@ def test_every_checked_setting_has_a_parent_that_is_refused_for_it():
 def test_other_blocks_are_refused(kinds, named):
     with pytest.raises(ValueError, match=f"{named}.*CrossAttnDownBlock2D and DownBlock2D"):
         SwapUNet.from_unet2d(image_model(kinds=kinds))
+
+
+def test_of_a_video_model_only_the_dropout_in_training_is_not_continued():
+    parent = video_model()
+    models = [parent, SwapUNet.from_unet3d(parent), SwapUNet.from_unet3d(parent, dropout=0.1)]
+    dropped = [
+        {module.p for name, module in model.named_modules() if "temp_convs" in name and isinstance(module, nn.Dropout)}
+        for model in models
+    ]
+    assert dropped == [{0.1}, {0.0}, {0.1}]
 
 
 def test_extra_and_missing_weights_are_refused():

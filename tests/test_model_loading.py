@@ -1,6 +1,8 @@
 """A saved U-Net is loaded whole, in every form that diffusers has for it, or there is an error that says what is wrong."""
 
+import inspect
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from diffusers.models import modeling_utils
 from safetensors.torch import load_file, save_file
 
 from videofactory.model.attention import INTERACTIONS
+from videofactory.model.mixin import LOADING
+from videofactory.model.settings import FREE
 from videofactory.model.unet import SwapUNet
 
 from .tiny_unets import fresh_unet, greatest_difference, inputs, one_thread, predict, randomise, tiny_unet  # noqa: F401
@@ -230,12 +234,77 @@ def test_a_saved_model_without_swap_attention_that_lacks_more_is_an_error(plain,
         SwapUNet.from_pretrained(tmp_path, interaction="swap")
 
 
-def test_weights_of_another_shape_are_an_error(unet, tmp_path):
+@pytest.mark.parametrize("low", [True, False])
+@pytest.mark.parametrize("files", [{}, SHARDS], ids=["whole", "shards"])
+def test_weights_of_another_shape_are_an_error(unet, tmp_path, files, low):
+    unet.save_pretrained(tmp_path, **files)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"in_channels": 8}))
+    with pytest.raises(ValueError) as error:
+        SwapUNet.from_pretrained(tmp_path, low_cpu_mem_usage=low)
+    shapes = "conv_in.weight: (16, 4, 3, 3) in the file, (16, 8, 3, 3) in the model"
+    assert f"not those of this SwapUNet: 1 of another shape (first: ['{shapes}'])." in str(error.value)
+    assert "ignore_mismatched_sizes" not in str(error.value)
+
+
+CONTRADICTIONS = {
+    "in_channels": (8, 4),
+    "out_channels": (8, 4),
+    "block_out_channels": ((16, 64), [16, 32]),
+    "attention_levels": ((True, True), [True, False]),
+    "layers_per_block": (2, 1),
+    "attention_head_dim": (4, 8),
+    "cross_attention_dim": (32, 16),
+    "norm_num_groups": (8, 4),
+    "norm_eps": (1e-2, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_setting_that_contradicts_the_saved_one_is_an_error_before_weights_are_read(unet, tmp_path, name):
+    unet.save_config(tmp_path)  # and no weights
+    asked, saved = CONTRADICTIONS[name]
+    with pytest.raises(ValueError) as error:
+        SwapUNet.from_pretrained(tmp_path, **{name: asked})
+    assert f"{name} = {asked!r} contradicts the checkpoint '{tmp_path}', which has {saved!r};" in str(error.value)
+    assert "interaction, swap_windows, dropout may differ" in str(error.value)
+
+
+def test_every_setting_may_be_said_again_and_three_may_differ(unet, tmp_path):
     unet.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"conv_in\.weight expected shape"):
-        SwapUNet.from_pretrained(tmp_path, in_channels=8)
-    with pytest.raises(ValueError, match=r"1 of another shape \(first: \['conv_in.weight'\]\)"):
-        SwapUNet.from_pretrained(tmp_path, in_channels=8, ignore_mismatched_sizes=True, low_cpu_mem_usage=False)
+    same = {name: tuple(value) if isinstance(value, list) else value for name, value in settings_of(unet).items()}
+    assert set(same) - set(FREE) == set(CONTRADICTIONS)
+    free = {"interaction": "global", "swap_windows": ((2, 2, 2), (1, 1, 1)), "dropout": 0.5}
+    assert set(free) == set(FREE)
+    loaded = SwapUNet.from_pretrained(tmp_path, **same | free | {"attention_head_dim": (8, 8)})
+    assert same_weights(loaded, unet)
+    assert loaded.config.dropout == 0.5
+    # A setting that the file lacks has its default.
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["norm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    SwapUNet.from_pretrained(tmp_path, norm_eps=1e-5)
+    with pytest.raises(ValueError, match=r"norm_eps = 0\.01 contradicts .* has 1e-05"):
+        SwapUNet.from_pretrained(tmp_path, norm_eps=1e-2)
+
+
+def test_what_would_leave_weights_without_values_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"ignore_mismatched_sizes = True would leave .*whole or not at all"):
+        SwapUNet.from_pretrained(tmp_path / "nothing", ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("place", [None, 3, ["unet"]], ids=str)
+def test_a_place_that_is_none_is_an_error_at_once(monkeypatch, place):
+    monkeypatch.setattr(SwapUNet, "load_config", pytest.fail)
+    with pytest.raises(TypeError, match=f"a directory or a Hub id, as a text or a path; {re.escape(repr(place))} is none"):
+        SwapUNet.from_pretrained(place)
+
+
+def test_hints_know_every_argument_of_diffusers_for_loading():
+    """A version of diffusers that adds one shows here."""
+    taken = set(re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(modeling_utils.ModelMixin.from_pretrained)))
+    assert "torch_dtype" in taken
+    assert taken - set(LOADING) == {"ignore_mismatched_sizes", "parallel_config"}  # refused
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -260,11 +329,8 @@ def test_an_unknown_setting_is_an_error_that_names_the_nearest(tmp_path):
         SwapUNet.from_pretrained(tmp_path)
 
 
-def test_a_misspelt_argument_is_an_error_that_names_the_nearest(unet, tmp_path):
-    unet.save_pretrained(tmp_path)
+def test_a_misspelt_argument_is_an_error_that_names_the_nearest(unet):
     message = r"SwapUNet has no setting 'interacton' \(= 'none'\)\. The nearest is 'interaction'"
-    with pytest.raises(ValueError, match=message):
-        SwapUNet.from_pretrained(tmp_path, interacton="none")
     with pytest.raises(ValueError, match=message):
         SwapUNet.from_config(unet.config, interacton="none")
     assert SwapUNet.from_config(unet.config, interaction="none").config.interaction == "none"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from diffusers import UNetMotionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
 
-from videofactory.model.inflation import FREE
+from videofactory.model.settings import FREE
 from videofactory.model.unet import SwapUNet
 
 from .tiny_parents import NEW_OVER_TIME, SD1, SD2, check_copied, frame_by_frame, image_model, video_model
@@ -102,15 +102,31 @@ def test_a_parent_from_the_hub_is_found_by_its_revision_in_the_cache(tmp_path, s
         way("someone/nothing", **options)
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("way", ["from_pretrained", "from_unet2d", "from_unet3d"])
 @pytest.mark.parametrize(
-    ("misspelt", "meant"),
-    [("interacton", "interaction"), ("varient", "variant"), ("torch_dtyp", "torch_dtype"), ("tokens", "token")],
+    ("misspelt", "hint"),
+    [
+        ("interacton", "The nearest is 'interaction'."),
+        ("varient", "The nearest is 'variant'."),
+        ("torch_dtyp", "The nearest is 'torch_dtype'."),
+        ("tokens", "The nearest is 'token'."),
+        ("zebra", "Its settings are attention_head_dim, attention_levels, block_out_channels, "),
+    ],
 )
-def test_a_misspelt_option_is_an_error_before_anything_is_loaded(tmp_path, start, misspelt, meant):
-    _, way = STARTS[start]
-    with pytest.raises(ValueError, match=f"SwapUNet has no setting '{misspelt}' .*The nearest is '{meant}'"):
-        way(tmp_path, **{misspelt: "none"})
+def test_a_misspelt_option_is_an_error_before_any_weight_is_loaded(tmp_path, way, misspelt, hint):
+    tiny_unet().save_config(tmp_path)  # and no weights
+    with pytest.raises(ValueError) as error:
+        getattr(SwapUNet, way)(tmp_path, **{misspelt: "none"})
+    assert str(error.value).startswith(f"SwapUNet has no setting '{misspelt}' (= 'none'). {hint}")
+
+
+@pytest.mark.parametrize(("way", "wanted"), [("from_unet2d", UNet2DConditionModel), ("from_unet3d", UNet3DConditionModel)])
+@pytest.mark.parametrize("place", [None, 3, ["unet"]], ids=str)
+def test_a_parent_that_is_no_model_and_no_place_is_an_error_at_once(monkeypatch, way, wanted, place):
+    monkeypatch.setattr(wanted, "load_config", pytest.fail)
+    with pytest.raises(TypeError) as error:
+        getattr(SwapUNet, way)(place)
+    assert f"unet = {place!r}; a {wanted.__name__} is wanted, or where one was saved" in str(error.value)
 
 
 def test_an_option_for_loading_beside_an_object_is_an_error():

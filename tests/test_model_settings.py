@@ -1,14 +1,16 @@
 """Settings and inputs that do not fit are errors that name the value, the cause and the way out."""
 
 import math
+import re
 
+import numpy
 import pytest
 import torch
 
 from videofactory.model.settings import check_settings
 from videofactory.model.unet import SwapUNet
 
-from .tiny_unets import TINY, inputs, noise, one_thread, predict, tiny_unet  # noqa: F401
+from .tiny_unets import TIMESTEP, TINY, greatest_difference, inputs, noise, one_thread, predict, tiny_unet  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,60 @@ def test_precisions_that_do_not_fit_are_errors(unet, latents, embedded, message)
     sample, text = inputs()
     with pytest.raises(ValueError, match=message):
         predict(unet, sample.to(latents), text.to(embedded))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_a_precision_other_than_the_model_s_is_an_error(unet, half):
+    sample, text = inputs()
+    with pytest.raises(ValueError, match=f"latents are {half} and the embedded text is {half}; .*, torch.float32: .*autocast"):
+        predict(unet, sample.to(half), text.to(half))
+    with pytest.raises(ValueError, match=f"torch.float32; .*the model's own, {half}"):
+        predict(tiny_unet().to(half), sample, text)
+
+
+def test_where_precision_is_converted_on_the_way_it_may_differ(unet):
+    (sample, text), half = inputs(), torch.bfloat16
+    expected = predict(unet, sample, text)
+    found = {}
+    with torch.autocast("cpu", dtype=half):
+        found["autocast"] = predict(unet, sample.to(half), text.to(half))
+    stored = tiny_unet()
+    stored.enable_layerwise_casting(storage_dtype=half, compute_dtype=torch.float32)
+    assert stored.conv_in.weight.dtype == half
+    found["layerwise casting"] = predict(stored, sample, text)
+    hooked = tiny_unet()
+    for module in hooked.modules():  # as data parallel training does, whose parameters are converted layer by layer
+        module.register_forward_pre_hook(lambda layer, _: layer.to(half) and None)
+    found["hooks"] = predict(hooked, sample.to(half), text.to(half))
+    for way, prediction in found.items():
+        assert greatest_difference(prediction, expected) <= 0.1 * expected.abs().max(), way
+
+
+@pytest.mark.parametrize("name", ["sample", "encoder_hidden_states"])
+@pytest.mark.parametrize("value", [None, [1.0], "3"], ids=str)
+def test_inputs_that_are_no_tensors_are_errors(unet, name, value):
+    given = {"sample": inputs()[0], "timestep": TIMESTEP, "encoder_hidden_states": inputs()[1]} | {name: value}
+    with pytest.raises(TypeError, match=f"{name} is of the type {type(value).__name__}; a tensor is wanted"):
+        unet(**given)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "kind"),
+    [
+        *((value, TypeError) for value in ("3", None, [3, 4], 3j)),
+        *((value, ValueError) for value in (-1, -0.5, math.nan, math.inf)),
+    ],
+    ids=str,
+)
+def test_time_steps_that_are_none_are_errors(unet, timestep, kind):
+    with pytest.raises(kind, match=re.escape(f"timestep = {timestep!r}; a number")):
+        predict(unet, *inputs(), timestep)
+
+
+def test_time_steps_of_numpy_are_numbers(unet):
+    expected = predict(unet, *inputs(), 3)
+    for timestep in (numpy.int64(3), numpy.float32(3)):
+        assert torch.equal(predict(unet, *inputs(), timestep), expected)
 
 
 def test_autocast_takes_text_of_another_precision(unet):

@@ -216,6 +216,14 @@ def test_the_whole_model_compiles_to_one_graph(compiler):
     assert not counters["graph_break"]
 
 
+def test_a_time_step_as_a_number_compiles_too(compiler):
+    unet = tiny_unet(**SHORT)
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    for step in (3, 700, 12.5):
+        assert greatest_difference(predict(compiled, *inputs(), step), predict(unet, *inputs(), step)) <= 1e-5
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_compiles_to_one_graph(compiler, checkpointing):
     unet = tiny_unet(**SHORT).train()

@@ -10,6 +10,7 @@ from diffusers import UNet3DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from videofactory.model.attention import INTERACTIONS
+from videofactory.model.mixin import order_loaded
 from videofactory.model.unet import SwapUNet, SwapUNetOutput
 
 from .tiny_unets import (  # noqa: F401
@@ -220,9 +221,8 @@ def is_in_order(weight):
     return weight.is_contiguous(memory_format=order)
 
 
-def test_channels_last_orders_all_convolutions_and_changes_no_value(tmp_path, unet):
-    unet.save_pretrained(tmp_path)
-    model = SwapUNet.from_pretrained(tmp_path)
+def test_channels_last_orders_all_convolutions_and_changes_no_value(unet):
+    model = tiny_unet().to(memory_format=torch.contiguous_format)
     assert not all(is_in_order(weight) for weight in model.parameters())
     assert model.to(memory_format=torch.channels_last) is model
     assert all(is_in_order(weight) for weight in model.parameters())
@@ -240,6 +240,32 @@ def test_a_new_model_is_in_order_and_stays_so_in_other_precisions():
     assert all(is_in_order(weight) for weight in model.parameters())
     assert model.to(torch.bfloat16) is model
     assert all(is_in_order(weight) for weight in model.parameters())
+
+
+@pytest.mark.parametrize("low", [True, False])
+@pytest.mark.parametrize("options", [{}, {"torch_dtype": torch.bfloat16}, {"interaction": "global"}], ids=str)
+def test_a_loaded_model_is_in_order_and_has_the_saved_values(tmp_path, unet, options, low):
+    unet.save_pretrained(tmp_path)
+    model = SwapUNet.from_pretrained(tmp_path, low_cpu_mem_usage=low, **options)
+    assert all(is_in_order(weight) for weight in model.parameters())
+    assert same_weights(tiny_unet().to(model.dtype), model)
+
+
+def test_weights_without_memory_or_of_another_kind_keep_their_order():
+    class Quantized(torch.nn.Parameter):
+        pass
+
+    model = fresh_unet().to(memory_format=torch.contiguous_format)
+    model.conv_in.weight = Quantized(model.conv_in.weight.detach())
+    model.conv_out.weight = torch.nn.Parameter(model.conv_out.weight.detach().to(torch.int8), requires_grad=False)
+    model.mid_block.resnets[0].conv1.to("meta")
+    order_loaded(model)
+    assert {name for name, weight in model.named_parameters() if not is_in_order(weight)} == {
+        "conv_in.weight",
+        "conv_out.weight",
+        "mid_block.resnets.0.conv1.weight",
+    }
+    assert type(model.conv_in.weight) is Quantized
 
 
 def test_latents_in_any_memory_order_give_the_same(unet):
