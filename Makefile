@@ -12,8 +12,15 @@ SAMPLE ?=
 SEED ?= 7
 SET ?=
 
+# make train [CONFIG=…]; make evaluate [RUN=…]
+CONFIG ?= miniature
+RUN ?= runs/miniature
+DATASET ?= data/sample
+PROMPTS ?= model/training/recipes/miniature-prompts.txt
+COUNT ?= 16
+
 .DEFAULT_GOAL := help
-.PHONY: help setup check test lint bench bench-model build-dataset real-footage clean
+.PHONY: help setup check test lint bench bench-model build-dataset train evaluate real-footage clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -38,6 +45,13 @@ lint: $(READY)  ## ruff: style and format
 
 test: $(READY)  ## all tests but those marked slow
 	$(BIN)/python -m pytest -m 'not slow' $(TESTS)
+
+train: $(READY)  ## CONFIG=… [SET="key=value …"]: train the model; without CONFIG the miniature on data/sample
+	$(BIN)/python -m videofactory.model.train $(CONFIG) $(SET)
+
+evaluate: $(READY)  ## [RUN=…] [DATASET=…]: make videos with what `make train` trained, and score them against the dataset
+	$(BIN)/python -m videofactory.model.evaluate sample --model $(RUN)/pipeline --prompts $(PROMPTS) --count $(COUNT) --out $(RUN)/samples
+	$(BIN)/python -m videofactory.model.evaluate $(RUN)/samples $(DATASET) --height 64 --width 112 --out $(RUN)/evaluation.json
 
 bench: $(READY)  ## measure the pass, the build, the writer and Ray against their floors, in one run
 	$(BIN)/python -m benchmarks

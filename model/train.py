@@ -11,22 +11,23 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 app = typer.Typer(
-    pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-EXAMPLES = """
-CONFIG is a YAML file, or a name: [bold]miniature[/] (two CPU cores, minutes), [bold]full[/] (eight GPUs). key=value changes single
-settings: steps=1000 data.buckets.0.batch=2. All of them are in docs/training-reference.md.
-
-The same command goes on from the last checkpoint in `output`, as if it had not been interrupted. Ctrl-C ends after a checkpoint.
-
-  python -m videofactory.model.train miniature
-  python -m videofactory.model.train miniature steps=50 output=runs/try --dry-run
-  torchrun --nproc-per-node 8 -m videofactory.model.train full data.dataset=s3://bucket/clips output=runs/full
-"""
+HELP_AFTER = (
+    "CONFIG is a YAML file, or a name: [bold]miniature[/] (two CPU cores), [bold]full[/] (eight GPUs). key=value changes single "
+    "settings: steps=1000 data.buckets.0.batch=2. All of them are in docs/training-reference.md.",
+    "The same command goes on from the last checkpoint in `output`, as if it had not been interrupted. Ctrl-C ends after a checkpoint.",
+    "python -m videofactory.model.train miniature",
+    "python -m videofactory.model.train miniature steps=50 output=runs/try --dry-run",
+    "torchrun --nproc-per-node 8 -m videofactory.model.train full data.dataset=data/dataset output=runs/full",
+)
 
 
-@app.command(epilog=EXAMPLES.replace("\n", "\n\n"))
+@app.command(epilog="\n\n".join(HELP_AFTER))
 def main(
     config: Annotated[str, typer.Argument(help="a YAML file of settings, or the name of one that comes with the package")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="settings that differ from it")] = None,
@@ -34,12 +35,18 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would be trained, and end")] = False,
 ) -> None:
     """Train the text-to-video model on a dataset's shards, resumably."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from .training.config import ConfigError, load_config
     from .training.data import BadClipsError
     from .training.processes import joined
     from .training.tensor_files import CheckpointError
     from .training.trainer import NotFiniteError, Trainer
 
+    # A bar per model that is loaded says nothing that anyone waits for.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     console = Console(stderr=True, highlight=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("videofactory").setLevel(logging.INFO)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from videofactory.model import train
+from videofactory.model import precompute, train
 from videofactory.model.pipeline import TextToVideoSwapPipeline
 from videofactory.model.training import checkpoints
 from videofactory.model.training.config import ConfigError, parse_config
@@ -128,11 +128,19 @@ def test_a_validation_changes_nothing_of_what_is_learned(dataset: str, tmp_path:
 
 
 @pytest.mark.timeout(TIME_LIMIT)
-@pytest.mark.parametrize("order", ["shuffled", "shards"])
-def test_killed_three_times_and_continued(dataset: str, tmp_path: Path, order: str) -> None:
+@pytest.mark.parametrize("mode", ["video, shuffled", "latents, shard by shard"])
+def test_killed_three_times_and_continued(dataset: str, tmp_path: Path, mode: str) -> None:
     """Losses, weights, average and optimiser at the end are those of an undisturbed run, bit by bit, with dropout and images."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    changes = {"steps": 12, "data__order": order, "model__dropout": 0.1, "data__workers": 1, "log__every": 1}
+    changes = {"steps": 12, "model__dropout": 0.1, "data__workers": 1, "log__every": 1}
+    if "latents" in mode:
+        changes |= {"data__order": "shards", "data__latents": str(tmp_path / "latents")}
+        buckets = [option for frames in (4, 1) for option in ("--bucket", f"{frames}x24x40@8")]
+        made = CliRunner().invoke(
+            precompute.app,
+            [dataset, *buckets, "--out", str(tmp_path / "latents"), "--vae", "miniature", "--split", "all", "--workers", "0"],
+        )
+        assert made.exit_code == 0, made.output
     assert start(write(settings(dataset, whole, **changes), tmp_path / "whole.yaml")).wait() == 0
     file = write(settings(dataset, killed, **changes), tmp_path / "killed.yaml")
     for after in (3, 6, 9):

@@ -107,7 +107,7 @@ class DataSettings(Section):
         "error",
     )
     latents: str | None = Field(
-        None, description="folder of latents and embedded texts computed beforehand; computed while training when null"
+        None, description="folder of latents that `videofactory.model.precompute` made; made while training when null"
     )
 
     def loaded_buckets(self) -> tuple[options.Bucket, ...]:

@@ -127,12 +127,12 @@ class Trainer:
         accumulate = config.optimiser.accumulate
         batches = self.loader.iterate(self.step * accumulate, config.steps * accumulate)
         with (
+            self.loader,
             Log(config, self.step, main) as log,
             watching(self.step, config.steps, main) as watch,
             _signals(self._ask_to_stop),
         ):
             self._loop(batches, log, watch)
-        self.loader.close()
         if self.step >= config.steps:
             self._finish()
         return self.step >= config.steps
