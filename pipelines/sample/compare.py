@@ -59,8 +59,8 @@ def compare(world: Path, dataset: str) -> Comparison:
 
 def _compare_shot(shot: dict[str, Any], clips: list[dict[str, Any]], result: Comparison) -> None:
     place = f"{shot['video']} shot {shot['shot']} ({shot['start']:.2f}-{shot['end']:.2f} s)"
-    clip = max(clips, key=lambda clip: _overlap(shot, clip), default=None)
-    if clip is None or _overlap(shot, clip) < 0.5:
+    clip = max(clips, key=lambda clip: overlap(shot, clip), default=None)
+    if clip is None or overlap(shot, clip) < 0.5:
         result.misses.append(f"{place}: no clip covers it, truly {shot['verdict']}")
         return
     verdict = clip["rejected_by"] or clip["error_class"] or clip["state"]
@@ -77,7 +77,7 @@ def _compare_shot(shot: dict[str, Any], clips: list[dict[str, Any]], result: Com
             result.misses.append(f"{place}: captioned {clip['caption']!r}, truly {shot['caption']!r}")
 
 
-def _overlap(shot: dict[str, Any], clip: dict[str, Any]) -> float:
+def overlap(shot: dict[str, Any], clip: dict[str, Any]) -> float:
     """Time in common divided by time in either (intersection over union)."""
     common = min(shot["end"], clip["end"]) - max(shot["start"], clip["start"])
     return float(common / (max(shot["end"], clip["end"]) - min(shot["start"], clip["start"])))
