@@ -35,6 +35,7 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, show what would be trained, and end")] = False,
 ) -> None:
     """Train the text-to-video model on a dataset's shards, resumably."""
+    import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -55,6 +56,8 @@ def main(
             raise ConfigError(f"--device is {device!r}; auto or cpu is wanted")
         settings = load_config(config, overrides or [])
         with joined(device) as processes:
+            if not processes.main:
+                logging.getLogger("videofactory").setLevel(logging.ERROR)
             trainer = Trainer(settings, processes)
             if processes.main:
                 console.print(trainer.describe(), markup=False, soft_wrap=True)
@@ -65,6 +68,16 @@ def main(
                 console.print(f"{settings.steps} steps are done; everything is in {Path(settings.output)}", markup=False)
             if not finished:
                 raise typer.Exit(130)
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).partition("\n")[0]
+        console.print(
+            f"error: {first_line} Lower the batches of data.buckets (and raise optimiser.accumulate), set gradient_checkpointing, or "
+            "share the weights out with parallel=fsdp",
+            style="red",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from None
     except (ConfigError, CheckpointError, BadClipsError, NotFiniteError, ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None

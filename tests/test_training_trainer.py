@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from videofactory.model.pipeline import TextToVideoSwapPipeline
 from videofactory.model.training import checkpoints
 from videofactory.model.training.config import ConfigError, parse_config
 from videofactory.model.training.processes import Processes
+from videofactory.model.training.tensor_files import CheckpointError
 from videofactory.model.training.trainer import NotFiniteError, Trainer
 
 from .tiny_unets import one_thread  # noqa: F401
@@ -81,11 +83,13 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def start(file: Path, *command: str) -> subprocess.Popen[bytes]:
+def start(file: Path, *command: str, session: bool = False) -> subprocess.Popen[bytes]:
     """A run of its own, with one thread per process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     arguments = [*(command or (sys.executable,)), "-m", "videofactory.model.train", str(file)]
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=session
+    )
 
 
 def write(values: dict[str, Any], path: Path) -> Path:
@@ -196,6 +200,51 @@ def test_sigterm_ends_after_a_checkpoint(dataset: str, tmp_path: Path) -> None:
     assert trainer(dataset, tmp_path, steps=50, checkpoints__every=50).step == 3
 
 
+@pytest.mark.timeout(TIME_LIMIT)
+def test_a_signal_to_the_whole_process_group_ends_after_a_checkpoint(dataset: str, tmp_path: Path) -> None:
+    """As torchrun, systemd and Slurm send it: to the processes that decode, too, which must live until the trainer has ended."""
+    out = tmp_path / "out"
+    file = write(settings(dataset, out, steps=500, data__workers=2, log__every=1, checkpoints__every=500), tmp_path / "run.yaml")
+    process = start(file, session=True)
+    while process.poll() is None and len(_lines(out / "log.jsonl")) < 2:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 130, said.decode()
+    assert checkpoints.latest(out) is not None and b"once more to end at once" in said
+
+
+def test_a_pipeline_that_a_kill_left_out_is_written(dataset: str, tmp_path: Path) -> None:
+    assert trainer(dataset, tmp_path, steps=2).run()
+    weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    first = weights.read_bytes()
+    shutil.rmtree(tmp_path / "pipeline")
+    assert trainer(dataset, tmp_path, steps=2).run() and weights.read_bytes() == first
+    assert trainer(dataset, tmp_path, steps=4).run() and weights.read_bytes() != first
+
+
+def test_a_validation_that_a_kill_left_out_is_made(dataset: str, tmp_path: Path) -> None:
+    validation = {"every": 2, "split": "train", "timesteps": [500], "clips": 1}
+    assert trainer(dataset, tmp_path, steps=2, validation=validation).run()
+    lines = _lines(tmp_path / "log.jsonl")
+    assert "validation" in lines[-1]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert trainer(dataset, tmp_path, steps=4, validation=validation).run()
+    assert [line["step"] for line in log(tmp_path) if "validation" in line] == [2, 4]
+    assert log(tmp_path)[2] == json.loads(lines[-1]) | {"validation": log(tmp_path)[2]["validation"]}
+
+
+@pytest.mark.parametrize(("name", "value"), [("processes", 3), ("clips", {"4x24x40@8": 7})])
+def test_another_order_of_the_clips_is_refused(dataset: str, tmp_path: Path, name: str, value: Any) -> None:
+    assert trainer(dataset, tmp_path, steps=2).run()
+    path = checkpoints.latest(tmp_path) / "state.json"  # type: ignore[operator]
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"data": state["data"] | {name: value}}))
+    with pytest.raises(CheckpointError, match=f"made with {name} .*the order of the clips would be another"):
+        trainer(dataset, tmp_path, steps=4)
+
+
 def test_numbers_that_are_none_end_the_run_and_are_not_saved(dataset: str, tmp_path: Path) -> None:
     run = trainer(dataset, tmp_path, steps=6)
     original = run._train_step
@@ -242,6 +291,8 @@ def test_adapters_are_trained_and_continued(dataset: str, tmp_path: Path) -> Non
         (["data.buckets.0.height=25"], "take 24 or 32"),
         (["model.start=/no/such/model"], "/no/such/model"),
         (["validation={timesteps: [1000], split: null, prompts: [x]}"], "0 to 999"),
+        (["validation={steps: 2000, split: null, prompts: [x]}"], "at most 1000"),
+        (["log.trackers=[wandb]"], "pip install wandb"),
         (["parallel=fsdp"], "torchrun"),
     ],
 )

@@ -13,6 +13,7 @@ What step 1,000 consists of follows from the seed, the step, the rank and the nu
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -130,6 +131,7 @@ class Loader:
             prefetch_factor=options.prefetch if options.workers else None,
             multiprocessing_context=context if options.workers else None,
             pin_memory=options.pin_memory,
+            worker_init_fn=_leave_signals_to_the_trainer,
             # Or it would draw from the global state, and what is trained would depend on how often a run was resumed.
             generator=torch.Generator(),
         )
@@ -175,6 +177,12 @@ class Loader:
                 f"{self._clips.storage.uri}, or raise max_bad_fraction"
             )
         return batch
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """A signal to the whole process group asks the trainer to stop, which needs its workers for that; they end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Tasks(torch.utils.data.Sampler[Task]):

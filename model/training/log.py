@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,19 @@ class Log:
         step: steps that are done; lines after it are removed.
         main: whether this process is the main one.
 
-    Raises:
-        ValueError: the package of a tracker is not installed.
+    Attributes:
+        validated: whether there is a line of the validation after `step`.
     """
 
     def __init__(self, config: TrainingConfig, step: int, main: bool) -> None:
-        self._main = main
+        self._main, self.validated = main, False
         self._trackers = [_tracker(name, config) for name in config.log.trackers] if main else []
         if not main:
             return
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        _cut(path, step)
+        self.validated = _cut(path, step)
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Log:
@@ -66,14 +67,16 @@ class Log:
         self._file.flush()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Remove the lines of later steps, and one that a kill left half written."""
+def _cut(path: Path, step: int) -> bool:
+    """Remove the lines of later steps, and one that a kill left half written; whether the last is of a validation after `step`."""
     if not path.is_file():
-        return
+        return False
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
     partial = path.with_name(f".{FILE}.partial")
     partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)  # noqa: PTH105  # in one go: a kill leaves the old one or the new one
+    last = json.loads(kept[-1]) if kept else {}
+    return "validation" in last and last["step"] == step
 
 
 def _step(line: str) -> float:
@@ -94,6 +97,13 @@ def _numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
+def check_trackers(config: TrainingConfig) -> None:
+    """Whether the packages of the trackers are installed. Raises `ValueError` where one is not."""
+    for name in config.log.trackers:
+        if find_spec(name) is None:
+            raise ValueError(f"log.trackers holds {name}, whose package is not installed: pip install {name}, or leave it out")
+
+
 def _tracker(name: str, config: TrainingConfig) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -103,13 +113,8 @@ def _tracker(name: str, config: TrainingConfig) -> Any:
     arguments = (
         (config.log.project, str(Path(config.output) / "trackers")) if made.requires_logging_directory else (config.log.project,)
     )
-    try:
-        tracker = made(*arguments)
-        tracker.start()
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"log.trackers holds {name}, and the package {error.name} is not installed: pip install {name}"
-        ) from None
+    tracker = made(*arguments)
+    tracker.start()
     tracker.store_init_configuration(_numbers(config.model_dump(mode="json")))
     return tracker
 

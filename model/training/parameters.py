@@ -105,7 +105,8 @@ def shard(unet: Any) -> None:
     unet.to(memory_format=torch.contiguous_format)
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         fully_shard(block)
-    fully_shard(unet)
+    # The root would keep its weights whole after a pass without gradients, and they could not be exchanged for the average's.
+    fully_shard(unet, reshard_after_forward=True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -50,10 +51,13 @@ class Processes:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            distributed.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+    def as_main_says(self, value: Any) -> Any:
+        """The main process's value, in all of them; all have to ask."""
+        if self.world == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values)
+        return values[0]
 
 
 @contextlib.contextmanager
@@ -77,7 +81,8 @@ def joined(device: str = "auto") -> Iterator[Processes]:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if world > 1:
-        distributed.init_process_group("nccl" if on_gpu else "gloo")
+        # The others wait while the first writes a checkpoint, which may be tens of gigabytes.
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=1))
     try:
         yield Processes(rank, world, chosen)
     finally:

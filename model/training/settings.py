@@ -333,6 +333,9 @@ class ValidationSettings(Section):
     )
     videos: int = Field(1, ge=1, description="videos per prompt; the same noise every time")
     guidance_scale: Number = Field(7.5, ge=0, description="strength of the text, as the pipeline's; above 1 to have any")
+    guidance_rescale: Number = Field(
+        0.0, ge=0, le=1, description="share of guidance scaled back, against overexposure; 0.7 with `zero_terminal_snr`"
+    )
     steps: int = Field(25, ge=1, description="denoising steps per video")
     fps: Number = Field(8.0, gt=0, description="frames per second of the files")
     split: Literal["train", "val", "test"] | None = Field(
@@ -357,6 +360,6 @@ class LogSettings(Section):
 
     every: int = Field(10, ge=1, description="steps between lines; numbers in between are averaged on the device")
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], AsTuple] = Field(
-        (), description="where numbers and videos go besides the log file in `output`; each needs its package"
+        (), description="where numbers go besides the log file in `output`; each needs its package"
     )
     project: str = Field("videofactory", description="name of the project at trackers that have projects")

@@ -122,10 +122,9 @@ def _components(settings: ModelSettings) -> tuple[Any, Any, Any, Any]:
         from videofactory.model import miniature
 
         return miniature.vae(), miniature.text_encoder(), miniature.tokenizer(), miniature.scheduler()
-    if settings.components is None and _place(source)[1] is None:
+    if Path(source).is_dir() and not (Path(source) / "vae").is_dir():
         raise ValueError(
-            f"model.start {source!r} is a U-Net alone; name a pipeline that gives VAE, text encoder, tokenizer and scheduler in "
-            "model.components"
+            f"{source!r} holds no VAE; name a pipeline that gives VAE, text encoder, tokenizer and scheduler in model.components"
         )
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -25,13 +26,16 @@ from typing import Any
 
 import torch
 
+from videofactory.model.pipeline_inputs import check_size
+
 from . import checkpoints
 from .config import TrainingConfig, dump_config
 from .data import Loader
 from .encode import Encoder
 from .latents import fingerprint
-from .log import Log, Watch, watching
+from .log import Log, Watch, check_trackers, watching
 from .objective import denoising_losses, draw, seed_layers, sum_by_timestep
+from .options import FACTOR
 from .parameters import (
     averaged,
     build_optimizer,
@@ -48,6 +52,7 @@ from .parameters import (
 from .processes import Processes, gradients_meet, wrap
 from .rate import Rate
 from .start import Models, load_models
+from .tensor_files import CheckpointError
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -81,11 +86,14 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
+        check_trackers(config)
         self._precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.models = self._load()
         unet = self.models.unet
         encoder_precision = self._precision if processes.device.type == "cuda" else torch.float32
         self._encoder = Encoder(self.models, processes.device, encoder_precision)
+        for bucket in config.data.buckets:
+            check_size(*bucket.size, FACTOR, levels=len(unet.config.block_out_channels))
         self.loader = self._open()
         if config.data.images:
             check_images(unet)
@@ -120,6 +128,8 @@ class Trainer:
         """
         config, main = self.config, self.processes.main
         if self.step >= config.steps:
+            if not (Path(config.output) / PIPELINE).is_dir():  # a run that was killed while it wrote it
+                self._finish()
             return True
         if main:
             Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -132,6 +142,9 @@ class Trainer:
             watching(self.step, config.steps, main) as watch,
             _signals(self._ask_to_stop),
         ):
+            # A run that was killed between a checkpoint and its validation.
+            if self.step and self._is_due(self._validation) and not self.processes.as_main_says(log.validated):
+                log.write([self._validate()])
             self._loop(batches, log, watch)
         if self.step >= config.steps:
             self._finish()
@@ -154,22 +167,24 @@ class Trainer:
                 watch.advance(self.step)
             last = self.step == config.steps
             saves = last or self.step % config.checkpoints.every == 0
-            validates = self._validation is not None and (last or self.step % config.validation.every == 0)  # type: ignore[union-attr]
-            if last or saves or validates or self.step % config.log.every == 0:
+            validates = last or self.step % config.validation.every == 0 if config.validation else False
+            # Several processes ask each other only where they wait for each other anyway.
+            stops = self._stop and self.processes.world == 1
+            if stops or saves or validates or self.step % config.log.every == 0:
                 lines = self._lines(pending, rates, by_timestep, rate)
                 log.write(lines)
                 if watch is not None:
                     watch.show(self.step, lines[-1])
                 stops = self.processes.agree(self._stop)
-                if validates:
-                    log.write([self._validate()])
                 if saves or stops:
-                    checkpoints.save(config.output, self.step, self.models.unet, self._optimizer, self._average, config)
+                    self._save()
                 if stops and not last:
                     logger.warning(
                         "stopped after step %d of %d, as asked; the same command goes on from there", self.step, config.steps
                     )
                     return
+                if validates:
+                    log.write([self._validate()])
                 pending, rates = [], []
                 by_timestep.zero_()
                 rate.begin(self.loader.waited)
@@ -233,14 +248,7 @@ class Trainer:
             {"step": first + place, "loss": loss, "gradient_norm": norm, "learning_rate": lr}
             for place, (loss, norm, lr) in enumerate(zip(losses.tolist(), numbers[:, 1].tolist(), rates, strict=True))
         ]
-        for line in lines:
-            if not (math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])):
-                saved = checkpoints.latest(self.config.output)
-                raise NotFiniteError(
-                    f"step {line['step']} has the loss {line['loss']} and the gradient norm {line['gradient_norm']}; "
-                    + (f"the last good state is {saved}. " if saved else "there is no checkpoint yet. ")
-                    + "A lower optimiser.learning_rate, more optimiser.warmup_steps, or precision float32 may help"
-                )
+        self._check_finite(lines)
         totals, counts = self.processes.sum(by_timestep.clone()).tolist()
         width = self._train_timesteps // TIMESTEP_BINS
         means = {
@@ -290,26 +298,73 @@ class Trainer:
             for share in table.shares
         }
 
+    def _check_finite(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            if not (math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])):
+                saved = checkpoints.latest(self.config.output)
+                start = f"The last good state is {saved}: begin with model.start={saved}/unet" if saved else "Begin anew"
+                raise NotFiniteError(
+                    f"step {line['step']} has the loss {line['loss']} and the gradient norm {line['gradient_norm']}. {start} in another "
+                    "output, with a lower optimiser.learning_rate, more optimiser.warmup_steps, or precision=float32"
+                    + (" (and model.components, which names the pipeline of the other parts)" if saved else "")
+                )
+
+    def _save(self) -> None:
+        data = {"processes": self.processes.world, "clips": self._clips()}
+        checkpoints.save(self.config.output, self.step, self.models.unet, self._optimizer, self._average, self.config, data)
+
+    def _clips(self) -> dict[str, int]:
+        """How many clips each bucket has: with other numbers the order of all of them is another."""
+        return {share.bucket.name: len(share.clips) for share in self.loader.table.shares}
+
     def _resume(self) -> int:
-        folder = checkpoints.latest(self.config.output)
-        if folder is None:
+        """Go on from the latest checkpoint, if there is one: the one that the main process finds."""
+        found = checkpoints.latest(self.config.output) if self.processes.main else None
+        step = self.processes.as_main_says(checkpoints.step_of(found) if found else None)
+        if step is None:
             return 0
+        folder = checkpoints.checkpoint_folder(self.config.output, step)
+        if self.processes.agree(not checkpoints.is_complete(folder)):
+            raise CheckpointError(
+                f"{folder} is not there for every process; `output` has to be on a disk that all machines share"
+            )
         restored = checkpoints.restore(folder, self.models.unet, self._optimizer, self._average, self.config)
+        before = restored.data or {}
+        for name, value in {"processes": self.processes.world, "clips": self._clips()}.items():
+            if before.get(name, value) != value:
+                raise CheckpointError(
+                    f"{folder} was made with {name} {before[name]}, and now it is {value}: the order of the clips would be another. "
+                    f"Set it back, or begin with model.start={folder}/unet in another output"
+                )
         if self.processes.main:
             logger.info("going on from %s", folder)
         return restored.step
 
+    def _is_due(self, validation: Validation | None) -> bool:
+        return validation is not None and self.config.validation is not None and self.step % self.config.validation.every == 0
+
     def _ask_to_stop(self) -> None:
         self._stop = True
+        if self.processes.main:
+            sys.stderr.write("\nending soon, with a checkpoint; once more to end at once\n")
 
     def _finish(self) -> None:
         """Write the trained pipeline to `OUTPUT/pipeline`, with averaged weights; with adapters, these alone are in the checkpoint."""
-        if self.config.model.train == "lora" or not self.processes.main:
-            return
         from videofactory.model.unet import SwapUNet
 
-        folder = checkpoints.checkpoint_folder(self.config.output, self.step) / ("unet_ema" if self._average else "unet")
-        self.models.pipeline(SwapUNet.from_pretrained(folder)).save_pretrained(Path(self.config.output) / PIPELINE)
+        if self.config.model.train == "lora" or not self.processes.main:
+            return
+        target = Path(self.config.output) / PIPELINE
+        saved = checkpoints.latest(self.config.output)
+        if saved is None:
+            return
+        partial = target.with_name(f".{PIPELINE}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        weights = saved / ("unet_ema" if self._average else "unet")
+        self.models.pipeline(SwapUNet.from_pretrained(weights)).save_pretrained(partial)
+        if target.is_dir():
+            shutil.rmtree(target)  # of a run with fewer steps
+        partial.rename(target)
 
 
 def _memory(device: torch.device) -> float:

@@ -41,7 +41,7 @@ class Validation:
         processes: which share the work.
 
     Raises:
-        ValueError: a time step is none of the scheduler's.
+        ValueError: a time step is none of the scheduler's, or the pipeline cannot make such videos.
     """
 
     def __init__(self, config: TrainingConfig, models: Models, encoder: Encoder, processes: Processes) -> None:
@@ -51,6 +51,10 @@ class Validation:
         train_timesteps = models.scheduler.config.num_train_timesteps
         if wrong := [number for number in self._settings.timesteps if number >= train_timesteps]:
             raise ValueError(f"validation.timesteps holds {wrong[0]}; the scheduler has the steps 0 to {train_timesteps - 1}")
+        for prompt in self._settings.prompts:
+            # Now, not after the first steps.
+            settings = self._settings
+            models.pipeline().check_inputs(prompt, num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale)
         self._loaders = list(self._open()) if self._settings.split is not None else []
 
     def run(self, step: int) -> dict[str, Any]:
@@ -147,6 +151,7 @@ class Validation:
                     prompt,
                     num_inference_steps=settings.steps,
                     guidance_scale=settings.guidance_scale,
+                    guidance_rescale=settings.guidance_rescale,
                     generator=torch.Generator().manual_seed(seed),
                     output_type="np",
                 ).frames[0]
