@@ -168,17 +168,21 @@ def _lines(path: Path) -> list[str]:
 
 
 @pytest.mark.timeout(TIME_LIMIT)
-def test_two_processes_do_what_one_does(dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_do_what_one_does(dataset: str, tmp_path: Path, parallel: str) -> None:
     """With the same clips per step, of which each process has a half; accumulation and images included."""
     one, two = tmp_path / "one", tmp_path / "two"
     buckets = [[{"frames": frames, "height": 24, "width": 40, "batch": batch} for frames in (4, 1)] for batch in (4, 2)]
     shared = {"optimiser__accumulate": 2, "log__every": 1}
     assert start(write(settings(dataset, one, data__buckets=buckets[0], **shared), tmp_path / "one.yaml")).wait() == 0
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start(write(settings(dataset, two, data__buckets=buckets[1], **shared), tmp_path / "two.yaml"), *launch)
+    validation = {"every": 3, "prompts": ["a red circle"], "steps": 1, "split": "train", "timesteps": [500], "clips": 1}
+    changes = {"data__buckets": buckets[1], "parallel": parallel, "validation": validation}
+    process = start(write(settings(dataset, two, **changes, **shared), tmp_path / "two.yaml"), *launch)
     _, said = process.communicate()
     assert process.returncode == 0, said.decode()
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert (two / "pipeline" / "unet").is_dir() and [line["step"] for line in log(two) if "validation" in line] == [3, 6]
     norms = [[line["gradient_norm"] for line in log(output) if "loss" in line] for output in (one, two)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
