@@ -97,8 +97,6 @@ class TextToVideoSwapPipeline(DiffusionPipeline):
             )
         directory = pipeline_files.fetch(str(pretrained_model_name_or_path), components, kwargs)
         loaded: TextToVideoSwapPipeline = super().from_pretrained(str(directory), **kwargs)
-        if loaded.unet is not None:
-            loaded.unet.to(memory_format=torch.channels_last)
         return loaded
 
     @property

@@ -94,9 +94,7 @@ def _unet(start: StartSettings, overrides: dict[str, Any], seed: int) -> SwapUNe
     options = {name: value for name, value in options.items() if value is not None}
     source, load = _source(start)
     where, subfolder = _place(source)
-    unet = load(where, subfolder=subfolder, **options)
-    unet.to(memory_format=torch.channels_last)
-    return unet
+    return load(where, subfolder=subfolder, **options)
 
 
 def _source(start: StartSettings) -> tuple[str, Callable[..., Any]]:
