@@ -71,8 +71,9 @@ def make(
     Raises:
         FloatingPointError: a video holds values that are no numbers.
     """
-    import numpy as np
     import torch
+
+    from videofactory.model.video_files import to_pixels
 
     def step_done(_pipeline: Any, _number: int, _timestep: Any, tensors: Any) -> Any:
         on_step()
@@ -97,12 +98,7 @@ def make(
             callback_on_step_end=step_done,
         ).frames
         for task, video in zip(part, videos, strict=True):
-            if not np.isfinite(video).all():
-                raise FloatingPointError(
-                    f"{task.file} (seed {task.seed}) holds values that are no numbers; "
-                    "a smaller --guidance-scale or another number format (--dtype bf16 or fp32) may help"
-                )
-            yield task, (video * 255).round().astype("uint8")
+            yield task, to_pixels(video, f"{task.file} (seed {task.seed})")
 
 
 def run(pipeline: Any, model: dict[str, Any], tasks: list[Task], settings: Settings, running: Running, out: Path) -> None:

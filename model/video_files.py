@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,20 @@ def check_fps(fps: float) -> None:
     """
     if not LEAST_FPS <= fps <= MOST_FPS:
         raise ValueError(f"fps is {fps}; it has to lie between {LEAST_FPS} and {MOST_FPS} frames per second")
+
+
+def to_pixels(frames: NDArray[np.floating[Any]], name: str) -> NDArray[np.uint8]:
+    """Frames of 0 to 1 as they are written, uint8 of the same shape.
+
+    Raises:
+        FloatingPointError: they hold values that are no numbers; `name` says whose.
+    """
+    if not np.isfinite(frames).all():
+        raise FloatingPointError(
+            f"{name} holds values that are no numbers; a smaller --guidance-scale or another number format (--dtype bf16 or fp32) may help"
+        )
+    pixels: NDArray[np.uint8] = (frames * 255).round().astype(np.uint8)
+    return pixels
 
 
 def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:

@@ -83,8 +83,10 @@ def refuse(rank, folder):
     loss_of(model, 1).backward()
     with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
         loss_of(model, 1)
+    (folder / f"refused-{rank}").touch()
     distributed.destroy_process_group()
 
 
 def test_images_alone_need_the_option_that_the_documents_name(tmp_path):
     in_processes(refuse, tmp_path)
+    assert {path.name for path in tmp_path.glob("refused-*")} == {"refused-0", "refused-1"}

@@ -28,7 +28,7 @@ def test_commands_are_taken(line: str) -> None:
     arguments = shlex.split(line.partition("-m videofactory.model.evaluate")[2])
     group = get_command(app)
     name = arguments.pop(0) if arguments[0] in group.commands else "score"
-    group.commands[name].make_context(name, arguments)
+    assert group.commands[name].make_context(name, arguments).params
 
 
 def test_every_metric_and_option_is_there() -> None:

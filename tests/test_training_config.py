@@ -162,7 +162,7 @@ class TestRefusals:
         ],
     )
     def test_ways_out_are_ways_out(self, overrides: list[str]) -> None:
-        load_config("miniature", overrides)
+        assert load_config("miniature", overrides).fingerprint() != load_config("miniature").fingerprint()
 
     def test_of_files(self, tmp_path: Path) -> None:
         assert "none of full, miniature" in refusal(source="nope")

@@ -177,10 +177,9 @@ def make(pipeline: Any, plan: Plan, parts: list[list[Sample]], out: Path) -> Ite
     Raises:
         FloatingPointError: a video holds values that are no numbers.
     """
-    import numpy as np
     import torch
 
-    from videofactory.model.video_files import write_video
+    from videofactory.model.video_files import to_pixels, write_video
 
     for part in parts:
         missing = missing_of(part, plan, out)
@@ -201,10 +200,5 @@ def make(pipeline: Any, plan: Plan, parts: list[list[Sample]], out: Path) -> Ite
         for sample, video in zip(part, frames, strict=True):
             if sample not in missing:
                 continue
-            if not np.isfinite(video).all():
-                raise FloatingPointError(
-                    f"{sample.file} (seed {sample.seed}) holds values that are no numbers; "
-                    "a smaller --guidance-scale or another number format (--dtype bf16 or fp32) may help"
-                )
-            write_video(out / sample.file, (video * 255).round().astype("uint8"), plan.fps)
+            write_video(out / sample.file, to_pixels(video, f"{sample.file} (seed {sample.seed})"), plan.fps)
             yield sample

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from videofactory.shards.reader import scaled
+
 from .inputs import Content, Video, VideoSet, content_hash
 from .protocol import Sampling
 
@@ -164,17 +166,12 @@ def _decoded(content: bytes, wanted: set[int], sampling: Sampling) -> dict[int, 
 
 def _scaled(frame: Any, sampling: Sampling) -> NDArray[np.uint8]:
     height, width = sampling.height, sampling.width
-    over, across = height / frame.height, width / frame.width
     if sampling.crop == "centre":
-        over = across = max(over, across)
-    scaled = frame.reformat(
-        width=max(width, round(frame.width * across)),
-        height=max(height, round(frame.height * over)),
-        format="rgb24",
-        interpolation="BICUBIC",
+        return scaled(frame, height, width)
+    stretched: NDArray[np.uint8] = frame.reformat(
+        width=width, height=height, format="rgb24", interpolation="BICUBIC"
     ).to_ndarray()
-    top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-    return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+    return stretched
 
 
 def _stack(images: list[NDArray[np.uint8]]) -> torch.Tensor:

@@ -39,6 +39,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .config import TrainingConfig, check_same, parse_config
 from .parameters import ADAPTER, averaged, trained
+from .processes import as_main_says
 from .settings import CheckpointSettings
 from .tensor_files import (
     CheckpointError,
@@ -162,7 +163,7 @@ def save(
         OSError: the disk is full, or cannot be written; what was there before is still there.
     """
     main, folder = _is_main(), checkpoint_folder(output, step)
-    if _as_main_says(main and is_complete(folder)):
+    if as_main_says(main and is_complete(folder)):  # another node may not see this disk
         if main:
             _clear(folder.parent)
             rotate(output, config.checkpoints)
@@ -182,21 +183,18 @@ def save(
     write_tensors(partial / OPTIMIZER, tensors)
     write_json(partial / CONFIG, config.model_dump(mode="json"))
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "fingerprint": config.fingerprint(),
-        "average_steps": None if average is None else average.optimization_step,
-        "optimizer": {"class": type(optimizer).__name__, "groups": _groups(unet, optimizer)},
-        "data": data,
-        "versions": {name: version(name) for name in ("videofactory", "torch", "diffusers", "safetensors")},
-        "files": files,
-    }
-    write_json(partial / STATE, state)
+    optimizing = {"class": type(optimizer).__name__, "groups": _groups(unet, optimizer)}
+    average_steps = None if average is None else average.optimization_step
+    state = {"step": step, "average_steps": average_steps, "optimizer": optimizing, "data": data, "files": files}
+    write_json(partial / STATE, {"format": FORMAT, "fingerprint": config.fingerprint(), "versions": _versions(), **state})
     _publish(partial, folder)
     rotate(output, config.checkpoints)
     logger.info("checkpoint %s, %.1f MB", folder, sum(files.values()) / 1e6)
     return folder
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("videofactory", "torch", "diffusers", "safetensors")}
 
 
 def rotate(output: str | Path, settings: CheckpointSettings) -> None:
@@ -265,15 +263,6 @@ def restore(
 
 def _is_main() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def _as_main_says(value: bool) -> bool:
-    """The first process's value in all of them: another node may not see its disk."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values)
-    return values[0]
 
 
 def _is_adapted(unet: Any) -> bool:

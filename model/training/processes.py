@@ -53,11 +53,16 @@ class Processes:
 
     def as_main_says(self, value: Any) -> Any:
         """The main process's value, in all of them; all have to ask."""
-        if self.world == 1:
-            return value
-        values = [value]
-        distributed.broadcast_object_list(values)
-        return values[0]
+        return as_main_says(value)
+
+
+def as_main_says(value: Any) -> Any:
+    """The main process's value, in all processes that are connected; all have to ask."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
 
 
 @contextlib.contextmanager
