@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,21 +92,23 @@ def evenly_spaced(frames: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     return chosen
 
 
-def contact_sheet(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> PIL.Image.Image:
+def contact_sheet(rows: Iterable[tuple[str, Any]]) -> PIL.Image.Image:
     """A picture with a row of frames for each video and its text below; frames may differ in size and number from row to row.
 
     Of a text that is longer than `MOST_LINES` lines the beginning is shown.
 
     Args:
-        rows: text and frames, RGB (F, H, W, 3), of each video (see `evenly_spaced`).
+        rows: text and frames, RGB, of each video (see `evenly_spaced`): an array of uint8, (F, H, W, 3), a tensor as the shards'
+            reader makes it, (F, 3, H, W), or the pipeline's list of pictures.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: there is no row, or frames are no such array.
     """
     import PIL.Image
     import PIL.ImageDraw
     import PIL.ImageFont
 
+    rows = [(text, _pixels(frames)) for text, frames in rows]
     if not rows:
         raise ValueError("a contact sheet of no videos was asked for; give at least one")
     font = PIL.ImageFont.load_default(LETTERS)
@@ -126,6 +128,17 @@ def contact_sheet(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> PIL.Image.Im
             draw.text((MARGIN, below + number * line), text, fill=(32, 32, 32), font=font)
         top += height
     return sheet
+
+
+def _pixels(frames: Any) -> NDArray[np.uint8]:
+    """Frames to look at, whatever holds them, as uint8 (F, H, W, 3)."""
+    pixels = np.asarray(frames)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or 3 not in (pixels.shape[1], pixels.shape[3]):
+        raise ValueError(
+            f"frames are {pixels.dtype} of the shape {pixels.shape}; uint8 of (frames, height, width, 3) or (frames, 3, height, width) "
+            "is wanted"
+        )
+    return pixels if pixels.shape[3] == 3 else pixels.transpose(0, 2, 3, 1)
 
 
 def _wrapped(text: str, width: int, font: PIL.ImageFont.ImageFont | PIL.ImageFont.FreeTypeFont) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 import sys
@@ -25,15 +26,16 @@ def source_row(number: int) -> dict[str, Any]:
     return {"source_id": source_id(uri), "uri": uri, "attempt": 1}
 
 
-def candidates(source: str, count: int = 4) -> list[dict[str, Any]]:
-    """Candidate clips of a source; the first is rejected."""
+def candidates(source: str, count: int = 4, seconds: float = 0.96) -> list[dict[str, Any]]:
+    """Candidate clips of a source, `seconds` long; the first is rejected."""
+    starts = [float(number * math.ceil(seconds)) for number in range(count)]
     return [
         {
-            "clip_id": clip_id(source, float(number)),
+            "clip_id": clip_id(source, start),
             "source_id": source,
-            "start": float(number),
-            "end": number + 0.96,
-            "duration": 0.96,
+            "start": start,
+            "end": start + seconds,
+            "duration": seconds,
             "width": 640,
             "height": 360,
             "fps": 25.0,
@@ -42,7 +44,7 @@ def candidates(source: str, count: int = 4) -> list[dict[str, Any]]:
             "split": split_of(source, 0.2, 0.2),
             "rejected_by": "still" if number == 0 else None,
         }
-        for number in range(count)
+        for number, start in enumerate(starts)
     ]
 
 
@@ -51,7 +53,7 @@ def finished(row: dict[str, Any], video: bytes | None = None) -> dict[str, Any]:
     content = video if video is not None else hashlib.sha256(row["clip_id"].encode()).digest() * 50
     return {
         **row,
-        "frames": 24,
+        "frames": round(row["duration"] * row["fps"]),
         "codec": "h264",
         "has_audio": False,
         "bytes": len(content),
@@ -63,7 +65,7 @@ def finished(row: dict[str, Any], video: bytes | None = None) -> dict[str, Any]:
     }
 
 
-def write_dataset(root: Path, sources: int = 3, per_shard: int = 4, video: bytes | None = None) -> Storage:
+def write_dataset(root: Path, sources: int = 3, per_shard: int = 4, video: bytes | None = None, seconds: float = 0.96) -> Storage:
     """A build in miniature: goes on from whatever stands in `root`, in the order of the real one."""
     storage = Storage(str(root))
     with Lease(storage) as lease:
@@ -73,7 +75,7 @@ def write_dataset(root: Path, sources: int = 3, per_shard: int = 4, video: bytes
         index = Index(storage)
         for source in index.incomplete().to_pylist():
             if source["n_clips"] is None:
-                rows = candidates(source["source_id"])
+                rows = candidates(source["source_id"], seconds=seconds)
                 done = {
                     "source_id": source["source_id"],
                     "uri": source["uri"],

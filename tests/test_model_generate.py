@@ -393,3 +393,13 @@ def test_a_sheet_shows_every_video_and_its_text():
     assert cut.size == (320 + 16, long.height)
     with pytest.raises(ValueError, match="contact sheet of no videos"):
         contact_sheet([])
+
+
+def test_a_sheet_takes_frames_as_the_reader_and_the_pipeline_make_them():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 32, 40, 3), np.uint8)
+    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    pictures = [PIL.Image.fromarray(frame) for frame in frames]
+    sheets = [np.asarray(contact_sheet(zip(["a field"], [video], strict=True))) for video in (frames, tensor, pictures)]
+    assert all((sheet == sheets[0]).all() for sheet in sheets)
+    with pytest.raises(ValueError, match=r"frames are float32 of the shape \(3, 32, 40, 3\)"):
+        contact_sheet([("a field", frames.astype(np.float32) / 255)])

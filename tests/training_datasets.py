@@ -16,10 +16,13 @@ from .videos import make_video
 KEPT = "select clip_id, shard, \"offset\", size from clips where state = 'kept' order by clip_id"
 
 
-def training_dataset(root: Path, sources: int = 6, per_shard: int = 4) -> str:
-    """A dataset of three clips a source, all the same second of video, told apart by id; 320 x 180, though its index says 640 x 360."""
-    video = make_video(root / "clip.mp4", 5, seconds=[1.0])
-    return write_dataset(root / "out", sources=sources, per_shard=per_shard, video=video.read_bytes()).uri
+def training_dataset(root: Path, sources: int = 6, per_shard: int = 4, seconds: int = 1) -> str:
+    """A dataset of three clips a source, all the same video of so many seconds, told apart by id.
+
+    They are 320 x 180, though the index says 640 x 360, and a frame longer than it says.
+    """
+    video = make_video(root / "clip.mp4", 5, seconds=[seconds])
+    return write_dataset(root / "out", sources=sources, per_shard=per_shard, video=video.read_bytes(), seconds=seconds - 0.04).uri
 
 
 def kept(dataset: str) -> list[dict[str, object]]:
