@@ -53,7 +53,7 @@ evaluate: $(READY)  ## [RUN=…] [DATASET=…]: make videos with what `make trai
 	$(BIN)/python -m videofactory.model.evaluate sample --model $(RUN)/pipeline --prompts $(PROMPTS) --count $(COUNT) --out $(RUN)/samples
 	$(BIN)/python -m videofactory.model.evaluate $(RUN)/samples $(DATASET) --height 64 --width 112 --out $(RUN)/evaluation.json
 
-bench: $(READY)  ## measure the pass, the build, the writer and Ray against their floors, in one run
+bench: $(READY)  ## measure the pass, the build, the writer, the reader and Ray against their floors, in one run
 	$(BIN)/python -m benchmarks
 
 bench-model: $(READY)  ## measure the U-Net against diffusers' one, in one run; a small size where there is no GPU

@@ -2,7 +2,8 @@
 
 Prints one table and exits with 1 when a goal is missed. Figures compare within a run, not between machines: what counts is the
 ratio. The measurements: `pass` (the analysis against a bare decode), `build` (a build against the PySceneDetect command),
-`writer` (the shard writer against plain copying), `ray` (Ray against the same functions in a plain loop).
+`writer` (the shard writer against plain copying), `reader` (the training data against a plain PyAV loop), `ray` (Ray against the
+same functions in a plain loop).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Measurement(StrEnum):
     PASS = "pass"
     BUILD = "build"
     WRITER = "writer"
+    READER = "reader"
     RAY = "ray"
 
 
@@ -39,7 +41,7 @@ def main(
     seconds: Annotated[int, typer.Option(min=20, help="length of the film; the goals hold for 300")] = 300,
     only: Annotated[list[Measurement] | None, typer.Option(help="measure only this; may be given several times")] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="how often the pass, the writer and Ray are measured; the median counts")
+        int, typer.Option(min=1, help="how often the pass, the writer, the reader and Ray are measured; the median counts")
     ] = 3,
     work: Annotated[Path | None, typer.Option(help="folder for what is written on the way; a temporary one unless given")] = None,
 ) -> None:
@@ -77,6 +79,10 @@ def _measure(measurement: Measurement, seconds: int, rounds: int, folder: Path) 
             from . import writer_speed
 
             return writer_speed.measure(folder, rounds)
+        if measurement is Measurement.READER:
+            from . import reader_speed
+
+            return reader_speed.measure(_film(seconds), folder, rounds)
         from . import ray_cost
 
         return ray_cost.measure(_film(seconds), folder, rounds)

@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import pytest
 
+from benchmarks import reader_speed
 from benchmarks.cpu import Mark, ProcessTree, WorkFailedError, processor_seconds, run_marked
 from benchmarks.film import RATE, Film, FilmSettings, excerpts
 from benchmarks.outcome import Outcome
@@ -148,3 +149,16 @@ def test_excerpts_hold_whole_groups_of_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ratio", "goal", "missed"), [(0.9, 0.9, False), (0.91, 0.9, True), (7.0, None, False)])
 def test_a_goal_is_missed_above_it(ratio: float, goal: float | None, missed: bool) -> None:
     assert Outcome("pass", "1", "1", ratio, goal).missed is missed
+
+
+@pytest.mark.parametrize(("ratio", "missed"), [(0.9, False), (0.89, True), (7.0, False)])
+def test_a_goal_of_a_rate_is_missed_below_it(ratio: float, missed: bool) -> None:
+    assert Outcome("reader", "1", "1", ratio, 0.9, at_least=True).missed is missed
+
+
+def test_the_reader_and_the_plain_loop_read_the_same_pictures(tmp_path: Path) -> None:
+    """`measure` refuses anything else."""
+    path = write_video(tmp_path / "film.mp4", shot_frames(1, 640, 360, [90] * 4, RATE), RATE)
+    outcomes = reader_speed.measure(Film(path, "H.264", 12.0, 3), tmp_path, 1)
+    assert [outcome.goal for outcome in outcomes] == [0.9, 0.9] and all(outcome.ratio > 0 for outcome in outcomes)
+    assert all("4 samples of 4 clips" in outcome.note for outcome in outcomes)
