@@ -224,18 +224,19 @@ def _stop(message: object, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _load_vae(name: str) -> Any:
+def _load_vae(name: str, revision: str | None, variant: str | None) -> Any:
     from diffusers import AutoencoderKL
 
     if name == MINIATURE:
         from videofactory.model import miniature
 
         return miniature.vae()
+    options = {"revision": revision, "variant": variant, "use_safetensors": True}
     try:
-        return AutoencoderKL.from_pretrained(name, use_safetensors=True)
+        return AutoencoderKL.from_pretrained(name, **options)
     except OSError as first:
         try:
-            return AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
+            return AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
         except OSError:
             raise first from None
 
@@ -253,6 +254,8 @@ def main(
     bucket: Annotated[list[str], typer.Option(help="FRAMESxHEIGHTxWIDTH[@FPS]; may be given several times.")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder or URI for the latents.")],
     vae: Annotated[str, typer.Option(help="Folder or Hub id of an AutoencoderKL, or of a pipeline, or `miniature`.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the weights' files, as fp16.", show_default=False)] = None,
     windows: Annotated[int, typer.Option(min=1, max=1024, help="Windows per clip, evenly spaced; training draws one.")] = 1,
     split: Annotated[Literal["train", "val", "test", "all"], typer.Option(help="Split of the dataset.")] = "train",
     where: Annotated[str | None, typer.Option(help="Condition in SQL on the columns of the clips.", show_default=False)] = None,
@@ -281,7 +284,7 @@ def main(
             workers=workers,
             max_bad_fraction=max_bad_fraction,
         )
-        work = _prepared(dataset, bucket, options, _load_vae(vae), windows, frames_at_once, device, dtype)
+        work = _prepared(dataset, bucket, options, _load_vae(vae, revision, variant), windows, frames_at_once, device, dtype)
     except (OSError, ValueError, RuntimeError) as error:
         _stop(error)
     notes.print(work.table.rich())

@@ -268,6 +268,31 @@ def test_the_command_makes_latents_that_training_reads(runner: CliRunner, tmp_pa
     assert runner.invoke(app, [*arguments, "--windows", "2", "--workers", "0"]).exit_code == 2
 
 
+def test_a_variant_of_the_weights_is_read(runner: CliRunner, tmp_path: Path, dataset: str, vae: Any) -> None:
+    vae.save_pretrained(tmp_path / "pipeline" / "vae", variant="fp16")
+    arguments = [dataset, "--vae", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--bucket", "3x24x40@4"]
+    arguments += ["--split", "all", "--workers", "0"]
+    assert runner.invoke(app, arguments).exit_code == 2
+    ended = runner.invoke(app, [*arguments, "--variant", "fp16", "--revision", "main"])
+    assert ended.exit_code == 0, ended.output
+    assert json.loads((tmp_path / "out" / "latents.json").read_text())["vae"] == fingerprint(vae)
+
+
+def test_a_revision_is_asked_for_on_the_hub(
+    runner: CliRunner, tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def from_pretrained(name: str, revision: str | None = None, **_: Any) -> Any:
+        asked.append(revision)
+        raise OSError(f"{name} is not here")
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", from_pretrained)
+    arguments = [dataset, "--vae", "someone/vae", "--revision", "v1.2", "--out", str(tmp_path / "out"), "--bucket", "3x24x40@4"]
+    assert runner.invoke(app, arguments).exit_code == 2
+    assert asked == ["v1.2", "v1.2"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,23 +10,27 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
+from accelerate import tracking
 from typer.testing import CliRunner
 
-from videofactory.model import precompute, train
+from videofactory.model import miniature, precompute, train
 from videofactory.model.pipeline import TextToVideoSwapPipeline
-from videofactory.model.training import checkpoints
+from videofactory.model.training import checkpoints, encode, processes
 from videofactory.model.training.config import ConfigError, parse_config
-from videofactory.model.training.processes import Processes
+from videofactory.model.training.data import Bucket, DataOptions, Loader
+from videofactory.model.training.log import Log
+from videofactory.model.training.processes import OutputBusyError, Processes
 from videofactory.model.training.tensor_files import CheckpointError
 from videofactory.model.training.trainer import NotFiniteError, Trainer
 
 from .tiny_unets import one_thread  # noqa: F401
-from .training_datasets import kept, training_dataset
+from .training_datasets import add_captions, damage, kept, training_dataset
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TIME_LIMIT = 280
@@ -272,6 +276,92 @@ def test_another_configuration_is_refused_where_a_run_has_begun(dataset: str, tm
     assert trainer(dataset, tmp_path, steps=4).step == 2
 
 
+@pytest.mark.timeout(TIME_LIMIT)
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    process = start(write(settings(dataset, out, steps=500, data__workers=1, log__every=1), tmp_path / "run.yaml"))
+    try:
+        while process.poll() is None and not _lines(out / "log.jsonl"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+        with monkeypatch.context() as patch, pytest.raises(OutputBusyError, match=f"another run writes to {out};"):
+            patch.setattr(processes, "LOCK_SECONDS", 0.1)
+            trainer(dataset, out, steps=500, log__every=1).run()
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    done = len(_lines(out / "log.jsonl"))
+    assert trainer(dataset, out, steps=done + 4, log__every=1).run()
+
+
+def test_unreadable_clips_of_all_processes_are_counted(dataset: str, tmp_path: Path) -> None:
+    own = str(shutil.copytree(dataset, tmp_path / "copy"))
+    damage(own, 2)
+    run = trainer(own, tmp_path / "out", steps=4)
+
+    class AsIfThree(Processes):
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.mul_(3)
+
+    run.processes = AsIfThree(0, 1, torch.device("cpu"))
+    assert run.run()
+    assert log(tmp_path / "out")[-1]["bad_clips"] == 3 * len(run.loader.bad) > 0
+
+
+def test_captions_that_are_cut_are_counted_before_the_first_step(
+    dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = [str(row["clip_id"]) for row in kept(dataset)[:3]]
+    own = str(shutil.copytree(dataset, tmp_path / "copy"))
+    texts = [["a red circle", "a " * 30 + "first"], ["a blue square"], ["the " * 22 + "second"]]
+    add_captions(own, "long", pa.table({"clip_id": clips, "caption": texts}))
+    add_captions(own, "short", pa.table({"clip_id": clips, "caption": ["a red circle"] * 3}))
+    changes = {"data__image_share": 0.0, "data__buckets": [{"frames": 4, "height": 24, "width": 40, "batch": 1}]}
+    trainer(own, tmp_path / "out", data__captions=["long.caption"], **changes)
+    said = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
+    assert said == [
+        "2 of 4 captions have more than the 24 tokens that the text encoder reads, and are cut; "
+        f"the first is {'a ' * 30 + 'first'!r}"
+    ]
+    caplog.clear()
+    trainer(own, tmp_path / "out", data__captions=["short.caption"], **changes)
+    assert not caplog.records
+
+
+def test_of_many_captions_some_are_looked_at(dataset: str) -> None:
+    loader = Loader(dataset, [Bucket(4, 24, 40)], DataOptions(split=None))
+    everything, total = loader.captions(100)
+    assert len(everything) == total == loader.table.used == 18
+    some, total = loader.captions(3)
+    assert some == [everything[0], everything[8], everything[17]] and total == 18
+    said = encode.cut_captions(["a red circle", *["the " * 23] * 2], 18, miniature.tokenizer())
+    assert said is not None and said.startswith("2 of 3 captions (of 18) have more than the 24 tokens")
+    assert encode.cut_captions([], 0, miniature.tokenizer()) is None
+
+
+def test_a_run_goes_on_under_its_name_at_wandb(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tracker:
+        requires_logging_directory = False
+        begun: ClassVar[list[dict[str, Any]]] = []
+
+        def __init__(self, project: str, **arguments: Any) -> None:
+            self.begun.append(arguments)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    for output in ("one", "one", "two"):
+        config = parse_config(settings(dataset, tmp_path / output, log__trackers=["wandb"]), "test")
+        with Log(config, 0, main=True):
+            pass
+    first, again, other = Tracker.begun
+    assert first == again == {"id": first["id"], "resume": "allow"} and other["id"] != first["id"]
+
+
 def test_adapters_are_trained_and_continued(dataset: str, tmp_path: Path) -> None:
     changes = {
         "model__train": "lora",
@@ -296,7 +386,7 @@ def test_adapters_are_trained_and_continued(dataset: str, tmp_path: Path) -> Non
         (["model.start=/no/such/model"], "/no/such/model"),
         (["validation={timesteps: [1000], split: null, prompts: [x]}"], "0 to 999"),
         (["validation={steps: 2000, split: null, prompts: [x]}"], "at most 1000"),
-        (["log.trackers=[wandb]"], "pip install wandb"),
+        (["log.trackers=[wandb]"], "pip install 'videofactory[trackers]'"),
         (["parallel=fsdp"], "torchrun"),
     ],
 )

@@ -50,6 +50,15 @@ class Captions:
         begin, end = int(self.begins[clip]), int(self.begins[clip + 1])
         return str(self.texts[begin + int(chance * (end - begin))].as_py()) if end > begin else ""
 
+    def spread(self, clips: np.ndarray, most: int) -> tuple[list[str], int]:
+        """Captions of the clips of these numbers, at most so many, spread evenly over all of them; and how many these are."""
+        ends = np.cumsum(self.counts()[clips])
+        total = int(ends[-1]) if len(ends) else 0
+        places = np.linspace(0, total - 1, min(total, most)).astype(np.int64)
+        owners = np.searchsorted(ends, places, side="right")
+        numbers = self.begins[clips[owners] + 1] - ends[owners] + places
+        return self.texts.take(pa.array(numbers)).to_pylist(), total
+
 
 class Clips:
     """The kept clips of a dataset that a split and a condition select, by shard and offset.

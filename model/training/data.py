@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from videofactory.shards.storage import Storage
@@ -99,6 +100,10 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def captions(self, most: int = 4096) -> tuple[list[str], int]:
+        """Captions of the clips that are used, at most so many, spread evenly over all of them; and how many these are."""
+        return self._clips.captions.spread(np.unique(np.concatenate([share.clips for share in self.table.shares])), most)
 
     def at(self, step: int) -> dict[str, Any]:
         """This rank's batch of a step, made in this process.

@@ -7,13 +7,27 @@ from typing import Any
 
 import torch
 
-from videofactory.model.pipeline_texts import embed
+from videofactory.model.pipeline_texts import embed, shortened
 
 from .objective import generators
 from .start import Models
 
 FRAMES_AT_ONCE = 64
 """Frames that pass through the VAE side by side; more take memory and no less time."""
+
+
+def cut_captions(captions: Sequence[str], total: int, tokenizer: Any) -> str | None:
+    """How many captions, of `total` that there are, the text encoder does not read to their end; `None` where there is none."""
+    length = tokenizer.model_max_length
+    read = tokenizer(list(captions), verbose=False).input_ids if captions else []
+    longer = [text for text, tokens in zip(captions, read, strict=True) if len(tokens) > length]
+    if not longer:
+        return None
+    all_of_them = f" (of {total})" if len(captions) < total else ""
+    return (
+        f"{len(longer)} of {len(captions)} captions{all_of_them} have more than the {length} tokens that the text encoder reads, and are "
+        f"cut; the first is {shortened(longer[0])!r}"
+    )
 
 
 class Encoder:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,7 +102,9 @@ def check_trackers(config: TrainingConfig) -> None:
     """Whether the packages of the trackers are installed. Raises `ValueError` where one is not."""
     for name in config.log.trackers:
         if find_spec(name) is None:
-            raise ValueError(f"log.trackers holds {name}, whose package is not installed: pip install {name}, or leave it out")
+            raise ValueError(
+                f"log.trackers holds {name}, whose package is not installed: pip install 'videofactory[trackers]', or leave it out"
+            )
 
 
 def _tracker(name: str, config: TrainingConfig) -> Any:
@@ -110,13 +113,20 @@ def _tracker(name: str, config: TrainingConfig) -> Any:
 
     PartialState()  # trackers ask it which process they are in
     made = LOGGER_TYPE_TO_CLASS[name]
-    arguments = (
-        (config.log.project, str(Path(config.output) / "trackers")) if made.requires_logging_directory else (config.log.project,)
-    )
-    tracker = made(*arguments)
+    folder = Path(config.output) / "trackers"
+    arguments = (config.log.project, str(folder)) if made.requires_logging_directory else (config.log.project,)
+    tracker = made(*arguments, **({"id": _run_id(folder / name), "resume": "allow"} if name == "wandb" else {}))
     tracker.start()
     tracker.store_init_configuration(_numbers(config.model_dump(mode="json")))
     return tracker
+
+
+def _run_id(path: Path) -> str:
+    """The name of this run at a tracker, from a file that is made with the first one: so it goes on when training does."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 class Watch:

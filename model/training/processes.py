@@ -7,17 +7,32 @@ both, on GPUs (NCCL) and processors (Gloo).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .parameters import shard
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+"""In the folder of a run: locked by the kernel while a run writes there, so that a kill releases it; the file stays."""
+
+LOCK_SECONDS = 10.0
+"""How long to wait for it: processes that a killed run started may hold it for some seconds more."""
+
+
+class OutputBusyError(ValueError):
+    """Another run writes to the same folder; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,10 @@ class Processes:
             distributed.all_reduce(tensor)
         return tensor
 
+    def total(self, count: int) -> int:
+        """The sum of the processes' counts; all have to ask."""
+        return int(self.sum(torch.tensor(count, device=self.device)).item())
+
     def agree(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; all have to ask."""
         if self.world == 1:
@@ -63,6 +82,30 @@ def as_main_says(value: Any) -> Any:
     values = [value]
     distributed.broadcast_object_list(values)
     return values[0]
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, processes: Processes) -> Iterator[None]:
+    """Inside, no other run writes to `folder`, which is made if missing.
+
+    Raises:
+        OutputBusyError: another run does; in all processes.
+    """
+    lock, busy = FileLock(folder / LOCK), False
+    if processes.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            busy = True
+        except (OSError, NotImplementedError) as error:
+            logger.warning("%s cannot be locked (%s): see to it that no other run has this output", folder, error)
+    if processes.agree(busy):
+        raise OutputBusyError(f"another run writes to {folder}; wait for its end, stop it, or name another output")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

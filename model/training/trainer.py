@@ -31,7 +31,7 @@ from videofactory.model.pipeline_inputs import check_size
 from . import checkpoints
 from .config import TrainingConfig, dump_config
 from .data import Loader
-from .encode import Encoder
+from .encode import Encoder, cut_captions
 from .latents import fingerprint
 from .log import Log, Watch, check_trackers, watching
 from .objective import denoising_losses, draw, seed_layers, sum_by_timestep
@@ -49,7 +49,7 @@ from .parameters import (
     set_learning_rate,
     trained,
 )
-from .processes import Processes, gradients_meet, wrap
+from .processes import Processes, alone_in, gradients_meet, wrap
 from .rate import Rate
 from .start import Models, load_models
 from .tensor_files import CheckpointError
@@ -95,6 +95,8 @@ class Trainer:
         for bucket in config.data.buckets:
             check_size(*bucket.size, FACTOR, levels=len(unet.config.block_out_channels))
         self.loader = self._open()
+        if processes.main and (cut := cut_captions(*self.loader.captions(), self.models.tokenizer)):
+            logger.warning("%s", cut)
         if config.data.images:
             check_images(unet)
         self._model = wrap(unet, processes, config.parallel, images=bool(config.data.images))
@@ -125,14 +127,18 @@ class Trainer:
         Raises:
             NotFiniteError: a loss or gradient is not a number.
             BadClipsError: too many clips are unreadable.
+            OutputBusyError: another run writes to the same output.
         """
+        with alone_in(Path(self.config.output), self.processes):
+            return self._run()
+
+    def _run(self) -> bool:
         config, main = self.config, self.processes.main
         if self.step >= config.steps:
             if not (Path(config.output) / PIPELINE).is_dir():  # a run that was killed while it wrote it
                 self._finish()
             return True
         if main:
-            Path(config.output).mkdir(parents=True, exist_ok=True)
             (Path(config.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         accumulate = config.optimiser.accumulate
         batches = self.loader.iterate(self.step * accumulate, config.steps * accumulate)
@@ -259,7 +265,7 @@ class Trainer:
             "loss_from_timestep": means,
             **rate.end(len(lines), self.loader.waited),
             "memory_gb": _memory(self.processes.device) / 1e9,
-            "bad_clips": len(self.loader.bad),
+            "bad_clips": self.processes.total(len(self.loader.bad)),
         }
         return lines
 
