@@ -12,6 +12,7 @@ from videofactory.pipelines.recipe import load_recipe
 from videofactory.pipelines.sample import make_world
 from videofactory.pipelines.sample.compare import compare
 from videofactory.pipelines.sample.motion import motion_captions
+from videofactory.pipelines.sample.training_frames import HELD_OUT
 from videofactory.shards.index import Index
 from videofactory.shards.verify import verify
 
@@ -28,7 +29,11 @@ def test_verdicts_and_captions_are_the_truth(tmp_path: Path) -> None:
     assert found.shots == sum(shot["error_class"] is None for shot in world.truth.to_pylist()) >= 15
     assert found.right >= 0.95 * found.shots - 1, found.misses  # one shot more: so few shots are coarse
     assert found.kept >= 5 and found.named >= 0.8 * found.kept, found.misses
-    captions = motion_captions(tmp_path / "world", out)
+    rows = motion_captions(tmp_path / "world", out)
+    captions = {row["clip_id"]: row["caption"] for row in rows}
+    for row in rows:
+        assert row["seen_caption"] in (row["caption"], None)
+        assert (row["seen_caption"] is None) == (tuple(row["caption"].split()[1:3]) in HELD_OUT)
     kept = [row for row in Index(out).clips().to_pylist() if row["state"] == "kept"]
     assert set(captions) <= {row["clip_id"] for row in kept} and len(captions) >= found.kept - 1
     truths = {(shot["video"], shot["colour"], shot["form"], shot["direction"]) for shot in world.truth.to_pylist()}

@@ -3,7 +3,8 @@
 python -m videofactory.pipelines.sample.motion --world data/sample-world --dataset data/sample
 
 They are written from the world's truth, for the clips of its shots alone: `a red circle moving left in front of a striped
-background`. Training takes them with `data.captions=[motion.caption]`.
+background`. Training takes them with `data.captions=[motion.caption]`, or with `data.captions=[motion.seen_caption]`, which are
+missing for the pairs of colour and form that are held out: a model that was never told of them can be asked for them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from rich.console import Console
 from videofactory.curation.sources import local_path
 from videofactory.pipelines.sample.compare import overlap
 from videofactory.pipelines.sample.scene import caption_of
+from videofactory.pipelines.sample.training_frames import HELD_OUT
 from videofactory.shards.index import Index
 from videofactory.shards.writer import put_table
 
 SIDECAR = "motion"
 _LEAST_OVERLAP = 0.5
-_SCHEMA = pa.schema([("clip_id", pa.string()), ("caption", pa.string())])
+_SCHEMA = pa.schema([("clip_id", pa.string()), ("caption", pa.string()), ("seen_caption", pa.string())])
 
 
 def motion_caption(shot: dict[str, Any]) -> str:
@@ -35,8 +37,8 @@ def motion_caption(shot: dict[str, Any]) -> str:
     return told.replace(named, f"{named} moving {shot['direction']}", 1)
 
 
-def motion_captions(world: Path, dataset: str) -> dict[str, str]:
-    """The caption of every kept clip that shows mostly one shot of `world`, by clip id.
+def motion_captions(world: Path, dataset: str) -> list[dict[str, str | None]]:
+    """The captions of every kept clip that shows mostly one shot of `world`, as rows of the sidecar, by clip id.
 
     Raises:
         FileNotFoundError: there is no truth in `world`.
@@ -47,12 +49,14 @@ def motion_captions(world: Path, dataset: str) -> dict[str, str]:
     for shot in pq.read_table(world / "truth.parquet").to_pylist():
         if shot["error_class"] is None:
             shots[shot["video"]].append(shot)
-    found = {}
+    rows: list[dict[str, str | None]] = []
     for clip in index.query("select clip_id, source_id, start, \"end\" from clips where state = 'kept'").to_pylist():
         shot = max(shots[names[clip["source_id"]]], key=lambda shot: overlap(shot, clip), default=None)
         if shot is not None and overlap(shot, clip) >= _LEAST_OVERLAP:
-            found[clip["clip_id"]] = motion_caption(shot)
-    return found
+            caption = motion_caption(shot)
+            seen = None if (shot["colour"], shot["form"]) in HELD_OUT else caption
+            rows.append({"clip_id": clip["clip_id"], "caption": caption, "seen_caption": seen})
+    return sorted(rows, key=lambda row: row["clip_id"] or "")
 
 
 def main() -> None:
@@ -62,14 +66,17 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="dataset built from its videos")
     arguments = parser.parse_args()
     try:
-        captions = motion_captions(arguments.world, arguments.dataset)
+        rows = motion_captions(arguments.world, arguments.dataset)
     except FileNotFoundError as error:
         parser.error(
             f"{error.filename} is not there; make the world with python -m videofactory.pipelines.sample --out {arguments.world}"
         )
-    rows = [{"clip_id": clip_id, "caption": caption} for clip_id, caption in sorted(captions.items())]
     put_table(Index(arguments.dataset).storage, f"index/{SIDECAR}/captions.parquet", pa.Table.from_pylist(rows, schema=_SCHEMA))
-    Console(highlight=False).print(f"{len(rows)} clips of {arguments.dataset} have a caption in index/{SIDECAR}", soft_wrap=True)
+    held_out = sum(row["seen_caption"] is None for row in rows)
+    Console(highlight=False).print(
+        f"{len(rows)} clips of {arguments.dataset} have a caption in index/{SIDECAR}; {held_out} of them show a pair that is held out",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":
