@@ -299,6 +299,9 @@ class MapDataset(torch.utils.data.Dataset[Sample]):
     Args: as for `stream`.
 
     The rows are kept as Arrow columns (tens of bytes a clip), so that data-loader workers share them.
+
+    Raises:
+        ValueError: no sample is selected.
     """
 
     def __init__(
@@ -310,6 +313,8 @@ class MapDataset(torch.utils.data.Dataset[Sample]):
         self._rows = index.query(
             f'select clip_id, shard, "offset", size from clips where {selection(split, where)} order by shard, "offset"'
         ).combine_chunks()
+        if not len(self._rows):
+            raise ValueError(f"{dataset} holds no kept clip with {selection(split, where)}")
 
     def __len__(self) -> int:
         return len(self._rows)

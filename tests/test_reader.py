@@ -54,6 +54,8 @@ def test_splits_and_conditions(dataset: str) -> None:
     assert fast == kept(dataset, "motion > 0.15") != kept(dataset)
     with pytest.raises(ValueError, match="no kept clip"):
         stream(dataset, where="motion > 99")
+    with pytest.raises(ValueError, match="no kept clip"):
+        MapDataset(dataset, where="motion > 99")
 
 
 def _all(dataset: str, split: str) -> list[dict[str, object]]:

@@ -116,7 +116,7 @@ def _dataset(place: str, split: str | None, where: str | None) -> VideoSet:
         return lambda: clips[number]["video"]
 
     videos = [Video(row["clip_id"], reader(number), row["caption"]) for number, row in enumerate(rows)]
-    return _checked(VideoSet(place, "dataset", sorted(videos, key=lambda video: video.name)))
+    return VideoSet(place, "dataset", sorted(videos, key=lambda video: video.name))
 
 
 def _folder(path: Path) -> VideoSet:
@@ -207,6 +207,5 @@ class _ArchiveReader:
 
 def _checked(videos: VideoSet) -> VideoSet:
     if not videos.videos:
-        wanted = "no kept clip that was asked for" if videos.kind == "dataset" else f"no video ({', '.join(SUFFIXES)})"
-        raise ValueError(f"{videos.place} holds {wanted if videos.kind != 'frames' else 'no video'}")
+        raise ValueError(f"{videos.place} holds no video" + (f" ({', '.join(SUFFIXES)})" if videos.kind != "frames" else ""))
     return videos
