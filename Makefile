@@ -17,7 +17,7 @@ CONFIG ?= miniature
 RUN ?= runs/miniature
 DATASET ?= data/sample
 PROMPTS ?= model/training/recipes/miniature-prompts.txt
-COUNT ?= 16
+COUNT ?= 48
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check test lint bench bench-model build-dataset train evaluate real-footage clean
@@ -50,8 +50,11 @@ train: $(READY)  ## CONFIG=… [SET="key=value …"]: train the model; without C
 	$(BIN)/python -m videofactory.model.train $(CONFIG) $(SET)
 
 evaluate: $(READY)  ## [RUN=…] [DATASET=…]: make videos with what `make train` trained, and score them against the dataset
-	$(BIN)/python -m videofactory.model.evaluate sample --model $(RUN)/pipeline --prompts $(PROMPTS) --count $(COUNT) --out $(RUN)/samples
-	$(BIN)/python -m videofactory.model.evaluate $(RUN)/samples $(DATASET) --height 64 --width 112 --out $(RUN)/evaluation.json
+	$(BIN)/python -m videofactory.model.evaluate sample --model $(RUN)/pipeline --prompts $(PROMPTS) --count $(COUNT) \
+	  --steps 25 --guidance-scale 4 --batch 8 --fps 5 --out $(RUN)/samples
+	$(BIN)/python -m videofactory.model.evaluate $(RUN)/samples $(DATASET) --frames 8 --fps 5 --height 64 --width 112 \
+	  --out $(RUN)/evaluation.json
+	$(BIN)/python -m videofactory.pipelines.sample.classify $(RUN)/samples --json $(RUN)/readings.json
 
 bench: $(READY)  ## measure the pass, the build, the writer, the reader and Ray against their floors, in one run
 	$(BIN)/python -m benchmarks
@@ -75,6 +78,7 @@ OUT ?= data/sample
 build-dataset: $(READY)
 	$(BIN)/python -m videofactory.pipelines.sample --out data/sample-world --seed $(SEED)
 	$(BIN)/videofactory build --sources data/sample-world/videos --out $(OUT) --recipe sample
+	$(BIN)/python -m videofactory.pipelines.sample.motion --world data/sample-world --dataset $(OUT)
 endif
 
 clean:  ## remove caches; neither .venv nor datasets

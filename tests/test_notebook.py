@@ -13,10 +13,11 @@ from typing import Any
 
 import nbformat
 import PIL.Image
+import pyarrow as pa
 import pytest
 from nbclient import NotebookClient
 
-from .training_datasets import training_dataset
+from .training_datasets import add_captions, kept, training_dataset
 
 NOTEBOOK = Path(__file__).parent.parent / "docs/notebook.ipynb"
 TIME_LIMIT = 900
@@ -55,6 +56,8 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("clone")
     (root / "docs").mkdir()
     dataset = Path(training_dataset(root / "made", seconds=3))
+    captions = [{"clip_id": row["clip_id"], "seen_caption": "a red circle moving left"} for row in kept(str(dataset))]
+    add_captions(str(dataset), "motion", pa.Table.from_pylist(captions))
     (root / "data").mkdir()
     dataset.rename(root / "data/sample")
     notebook = read()
@@ -78,7 +81,7 @@ class TestExecuted:
 
     def test_clips_and_videos_are_shown(self, executed: Any) -> None:
         clips, videos = (PIL.Image.open(io.BytesIO(base64.b64decode(data))) for data in results(executed, "image/png"))
-        assert clips.width == 8 * 114 - 2 + 16 and videos.width == 16 * 114 - 2 + 16
+        assert clips.width == 8 * 114 - 2 + 16 and videos.width == 8 * 114 - 2 + 16
         for sheet in (clips, videos):
             colours = sheet.convert("RGB").getcolors(sheet.width * sheet.height)
             assert colours is not None and len(colours) > 1000  # far more than letters on white have

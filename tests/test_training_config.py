@@ -24,11 +24,12 @@ from videofactory.model.training.config import (
 )
 
 ROOT = Path(__file__).parent.parent
+TWO_BUCKETS = Path(__file__).parent / "two_buckets.yaml"
 FULL = {"ema": {}, "validation": {"prompts": ["a"]}, "model": {"start": "miniature", "train": "lora"}}
 VIDEO = "data.buckets=[{frames: 16, height: 64, width: 112, batch: 1}]"
 
 
-def refusal(*overrides: str, source: str | Path = "miniature") -> str:
+def refusal(*overrides: str, source: str | Path = TWO_BUCKETS) -> str:
     with pytest.raises(ConfigError) as error:
         load_config(source, overrides)
     return str(error.value)
@@ -54,26 +55,26 @@ class TestReading:
             "ema=null",
             "model.start.image_model=sd",
         ]
-        config = load_config("miniature", overrides)
+        config = load_config(TWO_BUCKETS, overrides)
         assert (config.steps, config.optimiser.learning_rate, config.data.buckets[1].batch, config.ema) == (200, 3e-4, 3, None)
         assert config.model.start.image_model == "sd"
         assert config.model.start.saved is None
 
     @pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.e-4", "0.0001", "1.0e-04", "+1e-4"])
     def test_numbers_are_written_as_people_do(self, number: str) -> None:
-        assert load_config("miniature", [f"optimiser.learning_rate={number}"]).optimiser.learning_rate == 1e-4
+        assert load_config(TWO_BUCKETS, [f"optimiser.learning_rate={number}"]).optimiser.learning_rate == 1e-4
 
     def test_adapters_have_defaults(self) -> None:
-        lora = load_config("miniature", ["model.train=lora"]).model.lora
+        lora = load_config(TWO_BUCKETS, ["model.train=lora"]).model.lora
         assert lora is not None
         assert lora.rank == 16
 
     def test_nothing_changes_afterwards(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):
-            load_config("miniature").steps = 3  # type: ignore[misc]
+            load_config(TWO_BUCKETS).steps = 3  # type: ignore[misc]
 
     def test_the_data_loader_gets_what_was_set(self) -> None:
-        data = load_config("miniature", ["data.where=duration > 2", "data.fps=6", "data.order=shards"]).data
+        data = load_config(TWO_BUCKETS, ["data.where=duration > 2", "data.fps=6", "data.order=shards"]).data
         options = data.loading(5, split="val")
         assert (options.seed, options.split, options.where, options.order) == (5, "val", "duration > 2", "shards")
         assert (options.image_share, options.caption_dropout, options.captions) == (0.25, 0.1, ("caption",))
@@ -84,7 +85,7 @@ class TestReading:
         assert {bucket.fps for bucket in data.loaded_buckets()} == {6.0}
 
     def test_what_the_unet_is_told(self) -> None:
-        model = load_config("miniature", ["model.interaction=joint_window", "model.swap_windows=[[4, 4, 7], [4, 4, 7]]"]).model
+        model = load_config(TWO_BUCKETS, ["model.interaction=joint_window", "model.swap_windows=[[4, 4, 7], [4, 4, 7]]"]).model
         assert model.overrides == {"interaction": "joint_window", "swap_windows": ((4, 4, 7), (4, 4, 7))}
 
 
@@ -162,7 +163,7 @@ class TestRefusals:
         ],
     )
     def test_ways_out_are_ways_out(self, overrides: list[str]) -> None:
-        assert load_config("miniature", overrides).fingerprint() != load_config("miniature").fingerprint()
+        assert load_config(TWO_BUCKETS, overrides).fingerprint() != load_config(TWO_BUCKETS).fingerprint()
 
     def test_of_files(self, tmp_path: Path) -> None:
         assert "none of full, miniature" in refusal(source="nope")
@@ -189,12 +190,12 @@ class TestContinuing:
         assert (stored.fingerprint() == changed.fingerprint()) == setting.free
 
     def test_the_message_names_keys_and_values(self) -> None:
-        stored = load_config("miniature")
-        check_same(stored, load_config("miniature", ["steps=900", "log.every=3", "validation=null"]), "runs/a")
+        stored = load_config(TWO_BUCKETS)
+        check_same(stored, load_config(TWO_BUCKETS, ["steps=900", "log.every=3", "validation=null"]), "runs/a")
         with pytest.raises(
             ConfigError, match=r"runs/a began with other settings:\n  data.buckets.0.batch: 2 there, 3 now\n  seed: 0"
         ):
-            check_same(stored, load_config("miniature", ["seed=1", "data.buckets.0.batch=3"]), "runs/a")
+            check_same(stored, load_config(TWO_BUCKETS, ["seed=1", "data.buckets.0.batch=3"]), "runs/a")
 
     def test_free_keys_exist(self) -> None:
         keys = {setting.key for group in reference.groups() for setting in group.settings}
@@ -204,10 +205,10 @@ class TestContinuing:
         assert not is_free("steps_more")
 
     def test_fingerprint_is_the_same_tomorrow(self) -> None:
-        first, second = load_config("miniature"), load_config("miniature", ["steps=301"])
+        first, second = load_config(TWO_BUCKETS), load_config(TWO_BUCKETS, ["steps=301"])
         assert first.fingerprint() == second.fingerprint()
         assert len(first.fingerprint()) == 16
-        assert first.fingerprint() != load_config("miniature", ["seed=1"]).fingerprint()
+        assert first.fingerprint() != load_config(TWO_BUCKETS, ["seed=1"]).fingerprint()
 
 
 class TestReference:

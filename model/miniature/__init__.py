@@ -1,8 +1,9 @@
 """A miniature text-to-video pipeline that runs offline: real classes, tiny weights, good for the sample's world of shapes alone.
 
 The VAE is trained on frames of the sample dataset, so its pictures can be recognised; the text encoder is frozen at random weights,
-which keep the words apart; the U-Net is fresh unless a trained one is passed, and an untrained U-Net makes noise. `train` in this
-package makes the files again.
+which keep the words apart. There are two U-Nets to begin with: a fresh one, which makes noise, and one that begins with the weights
+of an image model of the sample's world (`unet_of_images`), as the big ones begin with Stable Diffusion's, which makes a picture of its
+own for every frame. `train` in this package makes the files of VAE, words and scheduler again, `image_model` those of the image model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ WEIGHTS = Path(__file__).parent / "weights"
 FRAMES, HEIGHT, WIDTH = 16, 64, 112
 """Size of its videos, in frames and pixels: what the VAE was trained for."""
 
-__all__ = ["FRAMES", "HEIGHT", "WEIGHTS", "WIDTH", "pipeline", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+__all__ = [
+    "FRAMES",
+    "HEIGHT",
+    "WEIGHTS",
+    "WIDTH",
+    "pipeline",
+    "scheduler",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "unet_of_images",
+    "vae",
+]
 
 
 def vae() -> AutoencoderKL:
@@ -84,6 +97,27 @@ def unet(seed: int = 0, **config: Any) -> SwapUNet:
         torch.manual_seed(seed)
         fresh: SwapUNet = SwapUNet(**{**settings, **config}).eval()
     return fresh
+
+
+def unet_of_images(seed: int = 0, **config: Any) -> SwapUNet:
+    """A U-Net that begins with the weights of the miniature's image model; float32, in evaluation mode.
+
+    Until it is trained on videos it makes every frame for itself: its layers over time change nothing yet.
+
+    Args:
+        seed: of the weights that are new; the global random state is left alone.
+        config: arguments of `SwapUNet` that differ from the miniature's and that the image model leaves open: `interaction`,
+            `swap_windows`, `dropout`.
+    """
+    import torch
+
+    from videofactory.model.unet import SwapUNet
+
+    settings: dict[str, Any] = {"swap_windows": ((16, 4, 7), (16, 4, 7)), "local_files_only": True, "torch_dtype": torch.float32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        grown: Any = SwapUNet.from_unet2d(WEIGHTS, subfolder="image_unet", **{**settings, **config})
+    return grown
 
 
 def pipeline(seed: int = 0, unet: SwapUNet | None = None) -> TextToVideoSwapPipeline:

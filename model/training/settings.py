@@ -151,7 +151,9 @@ class StartSettings(Section):
     saved: str | None = Field(
         None, description="a saved pipeline or U-Net of this package: folder or Hub id; `miniature` is the tiny one, untrained"
     )
-    image_model: str | None = Field(None, description="a Stable Diffusion pipeline, 1.x or 2.x: folder or Hub id")
+    image_model: str | None = Field(
+        None, description="a Stable Diffusion pipeline, 1.x or 2.x: folder or Hub id; `miniature` is the tiny one"
+    )
     video_model: str | None = Field(None, description="a ModelScope text-to-video pipeline: folder or Hub id")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     variant: str | None = Field(None, description="variant of the weights' files, for example fp16")

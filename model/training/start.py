@@ -86,10 +86,10 @@ def load_models(settings: ModelSettings, noise: NoiseSettings, size: tuple[int, 
 
 
 def _unet(start: StartSettings, overrides: dict[str, Any], seed: int) -> SwapUNet:
-    if start.saved == MINIATURE:
+    if MINIATURE in (start.saved, start.image_model):
         from videofactory.model import miniature
 
-        return miniature.unet(seed, **overrides)
+        return miniature.unet(seed, **overrides) if start.saved else miniature.unet_of_images(seed, **overrides)
     options = {"revision": start.revision, "variant": start.variant, **overrides}
     options = {name: value for name, value in options.items() if value is not None}
     source, load = _source(start)
