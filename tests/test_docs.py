@@ -95,7 +95,7 @@ class TestCommands:
     command = get_command(app)
     modules = {  # noqa: RUF012
         f"videofactory.model.{name}": get_command(importlib.import_module(f"videofactory.model.{name}").app)
-        for name in ("generate", "evaluate", "train", "precompute")
+        for name in ("generate", "evaluate", "train", "precompute", "ablate")
     }
 
     def check(self, line: str) -> None:

@@ -212,3 +212,17 @@ def score(
         name = names[number] if names is not None else f"{number:06}"
         judged.append(Judged(name, prompt, parse(prompt), reader.read(frames, fps)))
     return Scores(tuple(judged))
+
+
+def counts(videos: Iterable[tuple[str, NDArray[np.uint8]]]) -> dict[str, tuple[int, int]]:
+    """How many videos show what their prompts ask for, and of how many it is asked, as `videofactory.model.ablate --reader` wants it.
+
+    By colour, form and direction; and of the pairs held out of training, by colour and form together.
+    """
+    scores = score(videos)
+    all_rates, held_out = scores.rates(), scores.groups["held-out pairs"]
+    found = {kind: (all_rates[kind].right, all_rates[kind].asked) for kind in WORDS}
+    if held_out:
+        pairs = sum(video.right["colour"] and video.right["form"] for video in held_out)
+        found["held-out pair"] = (pairs, len(held_out))
+    return found

@@ -1,0 +1,1 @@
+"""The ablation: how spatial and temporal features meet, every way trained alike and scored alike, over several seeds."""
