@@ -191,7 +191,7 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT…", help="What to show.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the files.", show_default=False)] = None,
     model: Annotated[
-        str, typer.Option(help="A saved pipeline's folder, a Hub id, or `miniature` (untrained U-Net).")
+        str, typer.Option(help="A saved pipeline's folder, a Hub id, or `miniature` (tiny; never trained on videos).")
     ] = MINIATURE,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)] = None,
     variant: Annotated[str | None, typer.Option(help="Weights to load, e.g. `fp16`.", show_default=False)] = None,
@@ -291,7 +291,9 @@ def _guarded_run(tasks: list[Task], settings: Settings, running: Running, out: P
     """Load the model and run; what a user can mend ends in one line, what is our mistake in a traceback."""
     if settings.model == MINIATURE:
         notes.print(
-            "note: the miniature has an untrained U-Net, so its videos are noise; name a trained one with --model", soft_wrap=True
+            "note: the miniature was never trained on videos, so every frame is a picture of its own, of coloured shapes; "
+            "`make train` teaches it to move; name a trained model with --model",
+            soft_wrap=True,
         )
     purpose = "to load the model"
     try:

@@ -112,8 +112,10 @@ def identity(model: str, pipeline: Any, variant: str | None = None) -> dict[str,
     if model != MINIATURE and not Path(model).is_dir():
         # It was loaded from the Hub's cache, where the folder of a snapshot has the name of its commit.
         return {"commit": Path(pipeline.name_or_path).name}
-    folder = miniature.WEIGHTS if model == MINIATURE else Path(model)
-    return {"sha256": pipeline_files.digests(folder, pipeline.components, variant)}
+    if model == MINIATURE:
+        # Its U-Net is not stored, but begins with the image model.
+        return {"sha256": pipeline_files.digests(miniature.WEIGHTS, [*pipeline.components, miniature.IMAGE_MODEL])}
+    return {"sha256": pipeline_files.digests(Path(model), pipeline.components, variant)}
 
 
 def machine(device: str) -> dict[str, Any]:

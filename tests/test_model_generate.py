@@ -86,7 +86,7 @@ def test_a_run_writes_videos_a_sheet_and_a_record(saved, tmp_path):
     with PIL.Image.open(out / "contact-sheet.png") as sheet:
         assert sheet.width >= 2 * 48
         assert sheet.height > 3 * 32
-    assert "untrained" not in printed
+    assert "never trained" not in printed
     assert "2/3 videos: 001-a-red-circle.mp4" in printed
     assert "wrote 3 videos" in printed
 
@@ -108,7 +108,7 @@ def test_a_video_does_not_depend_on_its_batch(saved, tmp_path):
 def test_the_miniature_says_what_it_is(tmp_path):
     code, printed = _run("a red circle", *FAST, "--out", tmp_path)
     assert code == 0
-    assert "untrained U-Net" in printed
+    assert "never trained on videos" in printed
     assert _read(tmp_path / "000-a-red-circle.mp4")[0].shape == (3, 24, 40, 3)
 
 

@@ -68,9 +68,10 @@ def test_the_record_tells_the_files_of_a_saved_model(saved, tmp_path):
 
 def test_the_record_tells_the_files_of_the_miniature(tmp_path):
     assert _run("a star", *SMALL, "--out", tmp_path)[0] == 0
-    weights = (miniature.WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    found = _record(tmp_path)["model"]["sha256"]["vae/diffusion_pytorch_model.safetensors"]
-    assert found == hashlib.sha256(weights).hexdigest()
+    found = _record(tmp_path)["model"]["sha256"]
+    for part in ("vae", miniature.IMAGE_MODEL):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert found[name] == hashlib.sha256((miniature.WEIGHTS / name).read_bytes()).hexdigest()
 
 
 def test_the_record_tells_the_commit_of_a_model_on_the_hub(hub_model, tmp_path):

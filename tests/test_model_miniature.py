@@ -88,7 +88,7 @@ def test_the_miniature_is_of_the_real_classes_and_small():
         "scheduler": "DDIMScheduler",
     }
     assert all(part.dtype == torch.float32 for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet))
-    assert sum(file.stat().st_size for file in miniature.WEIGHTS.rglob("*")) < 1.5e6
+    assert sum(file.stat().st_size for file in miniature.WEIGHTS.rglob("*")) < 4e6
     assert not any(part.training for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet))
     assert isinstance(TextToVideoSwapPipelineOutput(frames=[]), dict)
 

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 """Directory of the components, each in a folder named as in a saved pipeline."""
 
+IMAGE_MODEL = "image_unet"
+"""Folder, below `WEIGHTS`, of the image model."""
+
 FRAMES, HEIGHT, WIDTH = 16, 64, 112
 """Size of its videos, in frames and pixels: what the VAE was trained for."""
 
 __all__ = [
     "FRAMES",
     "HEIGHT",
+    "IMAGE_MODEL",
     "WEIGHTS",
     "WIDTH",
     "pipeline",
@@ -116,7 +120,7 @@ def unet_of_images(seed: int = 0, **config: Any) -> SwapUNet:
     settings: dict[str, Any] = {"swap_windows": ((16, 4, 7), (16, 4, 7)), "local_files_only": True, "torch_dtype": torch.float32}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        grown: Any = SwapUNet.from_unet2d(WEIGHTS, subfolder="image_unet", **{**settings, **config})
+        grown: Any = SwapUNet.from_unet2d(WEIGHTS, subfolder=IMAGE_MODEL, **{**settings, **config})
     return grown
 
 
@@ -124,8 +128,8 @@ def pipeline(seed: int = 0, unet: SwapUNet | None = None) -> TextToVideoSwapPipe
     """The whole miniature: videos of 16 frames, 112 x 64 pixels, unless told otherwise.
 
     Args:
-        seed: of the weights of the fresh U-Net.
-        unet: a trained U-Net to use instead; without one the pipeline's videos are noise.
+        seed: of those weights of the U-Net that are new; they change nothing before they are trained.
+        unet: a U-Net to use instead of `unet_of_images(seed)`, with which every frame is a picture of its own.
     """
     from videofactory.model.pipeline import TextToVideoSwapPipeline
 
@@ -133,7 +137,7 @@ def pipeline(seed: int = 0, unet: SwapUNet | None = None) -> TextToVideoSwapPipe
         vae=vae(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
-        unet=globals()["unet"](seed) if unet is None else unet,
+        unet=unet_of_images(seed) if unet is None else unet,
         scheduler=scheduler(),
         default_frames=FRAMES,
         default_height=HEIGHT,

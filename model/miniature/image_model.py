@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from videofactory.model.miniature import WEIGHTS
+from videofactory.model.miniature import IMAGE_MODEL, WEIGHTS
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-
-FOLDER = "image_unet"
 
 
 def image_model(unet: Any) -> UNet2DConditionModel:
@@ -57,8 +55,7 @@ def main(
     run: Annotated[Path, typer.Option(help="Folder of a finished run of `train miniature-image`.")] = Path(
         "runs/miniature-image"
     ),
-    out: Annotated[Path, typer.Option(help="Where the image model goes; by default among the package's weights.")] = WEIGHTS
-    / FOLDER,
+    out: Annotated[Path, typer.Option(help="Where the image model goes; by default among our weights.")] = WEIGHTS / IMAGE_MODEL,
 ) -> None:
     """Store the U-Net of a run on images as an image model of diffusers."""
     from videofactory.model.unet import SwapUNet
