@@ -75,6 +75,9 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, measure the costs, and end.")] = False,
 ) -> None:
     """Compare the ways in which space and time meet: train each alike over several seeds, make videos, score them, print a table."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from videofactory.model.ablation.study import INTERACTIONS, InterruptedRunError, Study, check
     from videofactory.model.evaluation.prompts import read_prompts
     from videofactory.model.generate_models import is_lack_of_memory
@@ -84,6 +87,9 @@ def main(
     from videofactory.model.training.tensor_files import CheckpointError
     from videofactory.model.training.trainer import NotFiniteError
 
+    # A bar per model that is loaded says nothing that anyone waits for.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         if device not in ("auto", "cpu"):
@@ -153,7 +159,7 @@ def _run_all(study: Any, processes: Any, against: str, dry_run: bool) -> None:
     done = [arm for arm in arms if runs.finished(study, arm)]
     _say(f"{len(arms)} runs of {study.training(arms[0]).steps} steps, {len(done)} of them done; {study.out}")
     measured = costs.measure(
-        {name: study.training(runs.Arm(name, study.seeds[0])) for name in study.interactions}, processes.device
+        {name: study.training(runs.Arm(name, study.seeds[0])) for name in study.interactions}, processes.device, against
     )
     for name, cost in measured.items():
         _say(f"{name}: {cost.parameters:,} parameters, {cost.step_seconds:.3f} s per step, {cost.step_bytes / 1e6:.0f} MB")

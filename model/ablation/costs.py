@@ -30,7 +30,7 @@ class Cost:
         parameters: all of them.
         step_bytes: of weights, their gradients, and what the backward pass of a batch keeps; temporary buffers come on top.
         step_seconds: median over the rounds, of forward and backward pass of a batch.
-        step_ratio: median over the rounds of its time by that of the first interaction in the same round.
+        step_ratio: median over the rounds of its time by that of the interaction it is compared with, in the same round.
     """
 
     parameters: int
@@ -39,13 +39,14 @@ class Cost:
     step_ratio: float
 
 
-def measure(configs: Mapping[str, TrainingConfig], device: torch.device, rounds: int = 5) -> dict[str, Cost]:
+def measure(configs: Mapping[str, TrainingConfig], device: torch.device, against: str, rounds: int = 5) -> dict[str, Cost]:
     """The costs by interaction, for a batch of the first video bucket, in the configuration's precision.
 
     Every round times a step of each, one after the other: what else the machine does meets them alike.
 
     Args:
         configs: by interaction; they differ in that alone.
+        against: the interaction that step times are divided by; the first of them where it is none of them.
         rounds: after one that does not count.
     """
     models: dict[str, Any] = {}
@@ -64,13 +65,13 @@ def measure(configs: Mapping[str, TrainingConfig], device: torch.device, rounds:
     for _ in range(_WARM_UP + rounds):
         for name, unet in models.items():
             times[name].append(_step(unet, inputs[name], device, configs[name].precision))
-    first = next(iter(configs))
+    base = against if against in configs else next(iter(configs))
     return {
         name: Cost(
             parameters=sum(parameter.numel() for parameter in models[name].parameters()),
             step_bytes=sizes[name],
             step_seconds=statistics.median(times[name][_WARM_UP:]),
-            step_ratio=statistics.median(a / b for a, b in zip(times[name][_WARM_UP:], times[first][_WARM_UP:], strict=True)),
+            step_ratio=statistics.median(a / b for a, b in zip(times[name][_WARM_UP:], times[base][_WARM_UP:], strict=True)),
         )
         for name in configs
     }
