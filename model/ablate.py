@@ -55,7 +55,10 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="settings that differ from it")] = None,
     interactions: Annotated[str, typer.Option(help="Some of all, with commas between; all by default.", show_default=False)] = "",
     seeds: Annotated[str, typer.Option(help="Whole numbers with commas between.")] = "0,1,2",
-    against: Annotated[str, typer.Option(help="The interaction that the others are compared with.")] = "swap",
+    against: Annotated[
+        str | None,
+        typer.Option(help="The interaction that the others are compared with; swap, or the first.", show_default=False),
+    ] = None,
     count: Annotated[int, typer.Option(min=2, max=2**20, help="Videos per run.")] = 64,
     batch: Annotated[int, typer.Option(min=1, max=2**20, help="Videos made at once.")] = 8,
     steps: Annotated[int, typer.Option(min=1, max=2**20, help="Steps from noise to video.")] = 25,
@@ -114,18 +117,19 @@ def main(
             image_extractor=(image_extractor, image_weights),
             reader=reader,
         )
-        if against not in INTERACTIONS:
-            raise ValueError(f"--against is {against!r}; one of {', '.join(INTERACTIONS)} is wanted")
+        base = against or ("swap" if "swap" in study.interactions else study.interactions[0])
+        if base not in study.interactions:
+            raise ValueError(f"--against is {base!r}; one of {', '.join(study.interactions)} is wanted")
         check(study)
         with joined(device) as processes:
             if processes.world > 1:
                 raise ValueError("an ablation runs in one process; share it by --seeds or --interactions, with the same --out")
-            _run_all(study, processes, against, dry_run)
+            _run_all(study, processes, base, dry_run)
     except (InterruptedRunError, KeyboardInterrupt) as error:
         _stop(str(error) or "interrupted; the same command goes on", 130)
     except (ConfigError, CheckpointError, ValueError, OSError) as error:
         _stop(error)
-    except (BadClipsError, NotFiniteError) as error:
+    except (BadClipsError, NotFiniteError, FloatingPointError) as error:
         _stop(error, 1)
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
@@ -153,7 +157,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _run_all(study: Any, processes: Any, against: str, dry_run: bool) -> None:
     from videofactory.model.ablation import costs, table
     from videofactory.model.ablation import study as runs
-    from videofactory.model.evaluation.results import versions, write
+    from videofactory.model.evaluation.results import check_comparable, read, versions, write
+    from videofactory.model.training.trainer import Trainer
 
     arms = study.arms()
     done = [arm for arm in arms if runs.finished(study, arm)]
@@ -163,6 +168,7 @@ def _run_all(study: Any, processes: Any, against: str, dry_run: bool) -> None:
     )
     for name, cost in measured.items():
         _say(f"{name}: {cost.parameters:,} parameters, {cost.step_seconds:.3f} s per step, {cost.step_bytes / 1e6:.0f} MB")
+    Trainer(study.training(arms[0]), processes)  # says what is wrong with the dataset, now
     if dry_run:
         _say("nothing was trained (--dry-run)")
         return
@@ -171,6 +177,8 @@ def _run_all(study: Any, processes: Any, against: str, dry_run: bool) -> None:
         place = f"{number}/{len(arms)} {arm.name}: "
         results.append(runs.run(study, arm, processes, partial(_say_stage, place)))
         _say(place + _brief(results[-1]))
+    # A reference or an extractor behind the same name may have changed in between.
+    check_comparable({arm.name: read(study.folder(arm) / "evaluation.json") for arm in arms} if len(arms) > 1 else {})
     found = table.summary(results, against)
     text = table.markdown(found, measured, against)
     record = {
@@ -184,7 +192,11 @@ def _run_all(study: Any, processes: Any, against: str, dry_run: bool) -> None:
     write(json.loads(json.dumps(record)), study.out / "ablation.json")
     (study.out / "ablation.md").write_text(text, encoding="utf-8")
     console.print(text, markup=False, soft_wrap=True)
-    _say(f"± is half of the 95 % interval over {len(study.seeds)} seeds; wrote {study.out / 'ablation.json'} and ablation.md")
+    for warning in dict.fromkeys(warning for result in results for warning in result["warnings"]):
+        _say(f"note: {warning}")
+    if len(study.seeds) > 1:
+        _say(f"± is half of the 95 % interval over {len(study.seeds)} seeds")
+    _say(f"wrote {study.out / 'ablation.json'} and ablation.md")
 
 
 def _say_stage(place: str, stage: str) -> None:

@@ -281,7 +281,7 @@ def sample(
         chosen = f"cuda:{where.local_rank}" if chosen == "cuda" and where.processes > 1 else chosen
         wanted = samples.samples(texts, count, seed)
         settings = (model, count, seed, batch, steps, guidance_scale, frames, height, width, fps, negative_prompt, number_format)
-        plan = samples.Plan(*settings, samples.hash_of(texts))
+        plan = samples.Plan(*settings, samples.hash_of(texts), samples.weights_hash(model))
         parts = samples.groups(texts, plan, where)
         running = Running(batch, chosen, number_format, offload=False, cuda_graph=True, attention_backend=None)
         if dry_run:

@@ -18,12 +18,12 @@ from videofactory.model import ablate
 from videofactory.model.ablation import costs, study, table
 from videofactory.model.ablation.study import Arm
 from videofactory.model.training.config import load_config
+from videofactory.model.training.trainer import Trainer
 
-from .test_training_trainer import settings, write
+from .test_training_trainer import ONE, settings, write
 from .tiny_unets import one_thread  # noqa: F401
 from .training_datasets import training_dataset
 
-VALIDATION = {"every": 2, "clips": 2, "steps": 2, "split": None, "prompts": ["x"]}
 FAST = ["--count", "4", "--steps", "2", "--split", "all", "--device", "cpu", "--reader", "tests.test_ablation:bright"]
 
 
@@ -33,6 +33,11 @@ def bright(videos: Sequence[tuple[str, NDArray[np.uint8]]]) -> dict[str, tuple[i
         "light": (sum(bool(frames.mean() > 0) for _, frames in videos), len(videos)),
         "circle": (sum("circle" in prompt for prompt, _ in videos), len(videos)),
     }
+
+
+def mute(videos: Sequence[tuple[str, NDArray[np.uint8]]]) -> int:
+    """A reader that is none."""
+    return len(videos)
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +88,46 @@ def test_runs_are_trained_scored_and_kept(given: list[str], tmp_path: Path, monk
     text = (tmp_path / "out/ablation.md").read_text()
     assert text in printed and "| swap | " in text and "| circle read |" in text.splitlines()[0]
 
+    # Killed after training, and before scoring: what is left is made, and the same comes out.
+    swap = tmp_path / "out/swap-3"
+    for lost in (swap / "result.json", swap / "evaluation.json", swap / "samples/000002.mp4"):
+        lost.unlink()
+    code, printed = run(*given, *FAST, "--interactions", "swap,none", "--seeds", "3")
+    assert code == 0, printed
+    assert json.loads((swap / "result.json").read_text()) == json.loads(made[swap / "result.json"])
+    assert "note: the random extractor was used" in printed
+
     refused = run(*given, *FAST, "--interactions", "swap", "optimiser.learning_rate=1e-5")
     assert refused[0] == 2 and "another study" in refused[1] and "training was" in refused[1]
+
+
+def test_a_configuration_that_was_edited_in_between_is_refused(given: list[str], tmp_path: Path) -> None:
+    one = study.Study(given[0], ("a",), given[4], tmp_path / "out", split=None)
+    study.check(one)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / study.RECORD).write_text(json.dumps(one.identity()))
+    config = Path(given[0])
+    config.write_text(config.read_text().replace("learning_rate: 0.002", "learning_rate: 0.001"))
+    with pytest.raises(ValueError, match=r"another study: training was .* and is"):
+        study.run(one, Arm("swap", 0), ONE)
+
+
+def test_a_signal_in_the_last_step_ends_the_study(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(trainer: Trainer) -> bool:
+        trainer.stopping = True
+        return True
+
+    monkeypatch.setattr(Trainer, "run", asked)
+    one = study.Study(given[0], ("a",), given[4], tmp_path / "out", split=None)
+    with pytest.raises(study.InterruptedRunError, match="swap-0"):
+        study.run(one, Arm("swap", 0), ONE)
 
 
 def test_a_dry_run_measures_and_trains_nothing(given: list[str], tmp_path: Path) -> None:
     code, printed = run(*given, *FAST, "--interactions", "global", "--dry-run")
     assert code == 0, printed
     assert "global: " in printed and "nothing was trained" in printed
-    assert not list((tmp_path / "out").glob("*/"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +142,13 @@ def test_a_dry_run_measures_and_trains_nothing(given: list[str], tmp_path: Path)
         (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
         (["--reference", "/nowhere"], "/nowhere"),
         (["optimizer.betas=[0,0]"], "optimiser"),
+        (["model.train=lora"], "model.train is lora"),
+        (["--seeds", "0,4294967296"], "4294967296"),
+        (["--reader", "os:sep"], "no function, but str"),
+        (["--reader", "tests.test_ablation:mute"], "(right, asked)"),
+        (["--video-extractor", "radnom"], "random"),
+        (["--interactions", "none,global", "--against", "swap"], "none, global"),
+        (["data.dataset=/nowhere"], "/nowhere"),
     ],
 )
 def test_mistakes_are_said_before_any_work(given: list[str], changes: list[str], said: str, tmp_path: Path) -> None:
@@ -174,4 +217,4 @@ def test_bytes_of_a_step_are_those_of_the_closed_form() -> None:
             return (self.layer(inputs).square(),)
 
     # Weight and gradient; the backward pass of the layer keeps its input, that of the square the layer's output.
-    assert costs._step_bytes(Square(), (torch.zeros(32, 64),)) == 2 * 64 * 64 * 4 + 2 * 32 * 64 * 4
+    assert costs._step_bytes(Square(), (torch.zeros(32, 64),), "float32") == 2 * 64 * 64 * 4 + 2 * 32 * 64 * 4

@@ -98,6 +98,15 @@ class TestSample:
         code, printed = run(*arguments, "--count", 1)
         assert code == 2 and "were not made so" in printed
 
+    def test_other_weights_in_the_folder_of_the_model_are_another_plan(self, tmp_path):
+        weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.parent.mkdir()
+        found = set()
+        for content in (b"first", b"second"):
+            weights.write_bytes(content)
+            found.add(samples.weights_hash(str(tmp_path)))
+        assert len(found) == 2 and samples.weights_hash("miniature") == ""
+
     def test_a_dry_run_makes_nothing(self, prompts, tmp_path):
         printed = sample(prompts, tmp_path / "out", "--dry-run")
         assert "process 0 of 1, 5 videos" in printed and "nothing was done" in printed and not (tmp_path / "out").exists()

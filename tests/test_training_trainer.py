@@ -232,15 +232,24 @@ def test_a_pipeline_that_a_kill_left_out_is_written(dataset: str, tmp_path: Path
     assert trainer(dataset, tmp_path, steps=4).run() and weights.read_bytes() != first
 
 
-def test_a_validation_that_a_kill_left_out_is_made(dataset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_validation_that_a_kill_left_out_is_made(dataset: str, tmp_path: Path, steps: int) -> None:
     validation = {"every": 2, "split": "train", "timesteps": [500], "clips": 1}
     assert trainer(dataset, tmp_path, steps=2, validation=validation).run()
     lines = _lines(tmp_path / "log.jsonl")
     assert "validation" in lines[-1]
     (tmp_path / "log.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    assert trainer(dataset, tmp_path, steps=4, validation=validation).run()
-    assert [line["step"] for line in log(tmp_path) if "validation" in line] == [2, 4]
-    assert log(tmp_path)[2] == json.loads(lines[-1]) | {"validation": log(tmp_path)[2]["validation"]}
+    assert trainer(dataset, tmp_path, steps=steps, validation=validation).run()
+    assert [line["step"] for line in log(tmp_path) if "validation" in line] == list(range(2, steps + 1, 2))
+    made, before = log(tmp_path)[2]["validation"], json.loads(lines[-1])["validation"]
+    assert made["loss"] == before["loss"]
+
+
+def test_a_run_that_another_one_overtook_is_refused(dataset: str, tmp_path: Path) -> None:
+    late = trainer(dataset, tmp_path, steps=2)
+    assert trainer(dataset, tmp_path, steps=2).run()
+    with pytest.raises(CheckpointError, match="another run has written"):
+        late.run()
 
 
 @pytest.mark.parametrize(("name", "value"), [("processes", 3), ("clips", {"4x24x40@8": 7})])

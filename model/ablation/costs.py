@@ -60,7 +60,7 @@ def measure(configs: Mapping[str, TrainingConfig], device: torch.device, against
             unet.enable_gradient_checkpointing()
         models[name] = torch.nn.Module.to(unet, device)
         inputs[name] = _arguments(unet, bucket, device)
-        sizes[name] = _step_bytes(unet, inputs[name])
+        sizes[name] = _step_bytes(unet, inputs[name], config.precision)
     times: dict[str, list[float]] = {name: [] for name in configs}
     for _ in range(_WARM_UP + rounds):
         for name, unet in models.items():
@@ -88,7 +88,7 @@ def _arguments(unet: Any, bucket: Bucket, device: torch.device) -> tuple[torch.T
     )
 
 
-def _step_bytes(unet: Any, arguments: tuple[torch.Tensor, ...]) -> int:
+def _step_bytes(unet: Any, arguments: tuple[torch.Tensor, ...], precision: str) -> int:
     """Counted on a real forward pass: every storage that is kept for the backward pass, once, and weights and gradients."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     kept: dict[int, int] = {}
@@ -99,7 +99,8 @@ def _step_bytes(unet: Any, arguments: tuple[torch.Tensor, ...]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    computing = torch.autocast(arguments[0].device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    with computing, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # As long as the prediction is held, so is all that was kept, and no address is given twice.
         predicted = unet(*arguments, return_dict=False)[0]
     del predicted
@@ -109,11 +110,12 @@ def _step_bytes(unet: Any, arguments: tuple[torch.Tensor, ...]) -> int:
 
 def _step(unet: Any, arguments: tuple[torch.Tensor, ...], device: torch.device, precision: str) -> float:
     """Seconds of a forward and backward pass."""
-    unet.zero_grad(set_to_none=True)
     synchronise(device)
     began = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         predicted = unet(*arguments, return_dict=False)[0]
     torch.autograd.backward(functional.mse_loss(predicted.float(), torch.zeros_like(arguments[0])))
     synchronise(device)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    unet.zero_grad(set_to_none=True)  # the others' turn
+    return seconds

@@ -4,25 +4,27 @@
     for arm in study.arms():
         result = run(study, arm, processes)
 
-The runs of one seed see the same clips, captions, time steps and noise in the same order, begin with the same weights as far as they
-have the same, and are sampled from the same noise: what differs between them is the interaction. A run that is done leaves
+The runs of one seed see the same clips, captions, time steps and noise in the same order, begin with the same weights (`none`, which
+has fewer, draws its layers over time anew), and are sampled from the same noise. A run that is done leaves
 `OUT/INTERACTION-SEED/result.json`, and is not done again.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from videofactory.model.attention import Interaction
 from videofactory.model.evaluation import samples
+from videofactory.model.evaluation.extractors import load
 from videofactory.model.evaluation.inputs import VideoSet, open_videos
 from videofactory.model.evaluation.protocol import Sampling
 from videofactory.model.evaluation.results import write
@@ -109,13 +111,13 @@ class Study:
 
     def identity(self) -> dict[str, Any]:
         """What all runs of the folder have in common, as JSON."""
-        any_arm = Arm("swap", 0)
-        config = self.training(any_arm)
+        config = self.training(Arm("swap", 0))
         same = ("count", "batch", "steps", "guidance_scale", "reference", "split", "video_extractor", "image_extractor", "reader")
         values = {name: getattr(self, name) for name in same}
         common = {
             "training": config.fingerprint(),
             "training_steps": config.steps,
+            "validation": config.validation.model_dump(mode="json") if config.validation else None,
             "prompts": samples.hash_of(list(self.prompts)),
         }
         found: dict[str, Any] = json.loads(json.dumps(common | values))
@@ -123,17 +125,37 @@ class Study:
 
 
 def check(study: Study) -> None:
-    """Whether the study can run in its folder, before hours of work, and note in the folder what it is.
+    """Whether the study can run in its folder, before hours of work.
 
     Raises:
         ConfigError: the training configuration cannot be used.
-        ValueError: the folder holds another study; the message names what differs. Or prompts, reader or reference cannot be used.
-        OSError: the reference cannot be read, or the folder written.
+        ValueError: the folder holds another study; the message names what differs. Or prompts, reader, extractors, reference or the
+            kind of training cannot be used.
+        OSError: the reference or weights cannot be read.
     """
     if not study.prompts:
         raise ValueError("there are no prompts, so nothing could be scored; name a file with some")
-    load_reader(study.reader)
+    for config in map(study.training, study.arms()):
+        if config.model.train == "lora":
+            raise ValueError("model.train is lora, which leaves no pipeline to make videos with; an ablation trains whole models")
+        bucket = next((bucket for bucket in config.data.buckets if bucket.frames > 1), None)
+        if bucket is None:
+            raise ValueError("every bucket of data.buckets has frames 1; an ablation needs a size of videos")
+    load("video", *study.video_extractor)
+    load("image", *study.image_extractor)
+    if (reader := load_reader(study.reader)) is not None:
+        blank = np.zeros((2, 16, 16, 3), np.uint8)
+        _counted(reader, [(prompt, blank) for prompt in dict.fromkeys(study.prompts)])
     open_videos(study.reference, study.split)
+    check_same(study)
+
+
+def check_same(study: Study) -> None:
+    """Whether the folder holds no runs of another study.
+
+    Raises:
+        ValueError: it does; the message names what differs.
+    """
     identity, record = study.identity(), study.out / RECORD
     if record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))
@@ -142,7 +164,6 @@ def check(study: Study) -> None:
         ]
         if different:
             raise ValueError(f"{study.out} holds runs of another study: {'; '.join(different)}; name another folder with --out")
-    write(identity, record)
 
 
 def load_reader(name: str | None) -> Reader | None:
@@ -158,7 +179,18 @@ def load_reader(name: str | None) -> Reader | None:
         found: Reader = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--reader {name} cannot be loaded: {error}; it has to be module:function") from error
+    if not callable(found):
+        raise ValueError(f"--reader {name} is no function, but {type(found).__name__}; it has to be module:function")
     return found
+
+
+def _counted(reader: Reader, videos: Sequence[tuple[str, NDArray[np.uint8]]]) -> dict[str, list[int]]:
+    """What a reader says, checked."""
+    found = reader(videos)
+    try:
+        return {str(name): [int(right), int(asked)] for name, (right, asked) in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the reader gave {found!r}; (right, asked) by attribute is wanted") from error
 
 
 def finished(study: Study, arm: Arm) -> dict[str, Any] | None:
@@ -177,8 +209,11 @@ def run(study: Study, arm: Arm, processes: Processes, stage: Callable[[str], Non
         InterruptedRunError: a signal ended training.
         Whatever training, sampling and scoring raise.
     """
+    # The configuration is a file, and may have been edited since the last run.
+    check_same(study)
     if (result := finished(study, arm)) is not None:
         return result
+    write(study.identity(), study.out / RECORD)
     stage("training")
     loss = _train(study, arm, processes)
     stage("sampling")
@@ -195,16 +230,18 @@ def _train(study: Study, arm: Arm, processes: Processes) -> float | None:
     from videofactory.model.training.trainer import Trainer
 
     config = study.training(arm)
-    if not Trainer(config, processes).run():
+    trainer = Trainer(config, processes)
+    if not trainer.run() or trainer.stopping:
         raise InterruptedRunError(f"stopped while {arm.name} was trained; the same command goes on")
-    lines = (json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text(encoding="utf-8").splitlines())
-    losses = [line["validation"]["loss"] for line in lines if "loss" in line.get("validation", {})]
+    lines = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["validation"].get("loss") for line in lines if line["step"] == config.steps and "validation" in line]
     return losses[-1] if losses else None
 
 
 def _sample(study: Study, arm: Arm, processes: Processes) -> Path:
     """Make the videos that are not there yet; returns their folder. The noise is that of every run of this seed."""
-    from videofactory.model.generate_models import Running, choose_device, load
+    from videofactory.model.generate_models import Running, choose_device
+    from videofactory.model.generate_models import load as load_pipeline
 
     config, out = study.training(arm), study.folder(arm) / "samples"
     model = str(Path(config.output) / "pipeline")
@@ -221,11 +258,11 @@ def _sample(study: Study, arm: Arm, processes: Processes) -> Path:
         config.data.fps or 8.0,
         None,
     )
-    plan = samples.Plan(model, *settings, number_format, samples.hash_of(list(study.prompts)))
+    plan = samples.Plan(model, *settings, number_format, samples.hash_of(list(study.prompts)), samples.weights_hash(model))
     parts = samples.groups(list(study.prompts), plan, samples.Place())
     samples.prepare(plan, samples.samples(list(study.prompts), study.count, arm.seed), out)
     if any(samples.missing_of(part, plan, out) for part in parts):
-        pipeline = load(
+        pipeline = load_pipeline(
             model, Running(study.batch, device, number_format, offload=False, cuda_graph=True, attention_backend=None)
         )
         for _ in samples.make(pipeline, plan, parts, out):
@@ -246,19 +283,14 @@ def _score(study: Study, folder: Path, processes: Processes) -> dict[str, Any]:
     write(found, folder.parent / "evaluation.json")
     scores = {name: one["value"] for name, one in found["metrics"].items()}
     reader = load_reader(study.reader)
-    readings = {} if reader is None else dict(reader(list(_frames(scored))))
-    return {"metrics": scores, "readings": {name: [int(right), int(asked)] for name, (right, asked) in readings.items()}}
+    readings = {} if reader is None else _counted(reader, list(_frames(scored)))
+    return {"metrics": scores, "readings": readings, "warnings": found["warnings"]}
 
 
 def _frames(videos: VideoSet) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Every video's prompt and frames, uint8 (F, H, W, 3)."""
-    import io
-
+    """The prompt and frames, uint8 (F, H, W, 3), of every video, which are files."""
     import av
 
     for video in videos.videos:
-        content = video.read()
-        if isinstance(content, bytes):
-            with av.open(io.BytesIO(content)) as container:
-                content = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-        yield video.prompt or "", content
+        with av.open(io.BytesIO(cast(bytes, video.read()))) as container:
+            yield video.prompt or "", np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

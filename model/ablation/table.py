@@ -124,16 +124,13 @@ def markdown(found: Mapping[str, Any], costs: Mapping[str, Cost], against: str) 
     for interaction in interactions:
         cost = costs.get(interaction)
         own = [str(values[name].get(interaction, "–")) for name in names]
-        rows.append([interaction, *own, *(_cost_cells(cost) if cost else ["–"] * len(COST_COLUMNS))])
-    tables = [_table(["interaction", *names, *COST_COLUMNS], rows)]
+        rows.append([interaction, *own, *(_cost_cells(cost) if cost else ["–"] * 3)])
+    tables = [_table(["interaction", *names, "parameters", f"step time / {against}", "memory of a step, MB"], rows)]
     others = [one for one in interactions if one != against]
     if others and differences:
         rows = [[one, *(str(differences.get(name, {}).get(one, "–")) for name in names)] for one in others]
         tables.append(f"Differences to `{against}`, seed by seed:\n\n" + _table(["interaction", *names], rows))
     return "\n\n".join(tables) + "\n"
-
-
-COST_COLUMNS = ("parameters", "step time, ratio", "memory of a step, MB")
 
 
 def _cost_cells(cost: Cost) -> list[str]:

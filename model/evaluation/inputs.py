@@ -97,16 +97,12 @@ def open_videos(place: str, split: str | None = None, where: str | None = None) 
 
 def _dataset(place: str, split: str | None, where: str | None) -> VideoSet:
     from videofactory.shards.index import Index
-    from videofactory.shards.reader import MapDataset
+    from videofactory.shards.reader import MapDataset, selection
 
     try:
         clips = MapDataset(place, split=split, where=where)
-        query = "select clip_id, caption, shard, \"offset\" from clips where state = 'kept'"
-        if split is not None:
-            query += " and split = '" + split.replace("'", "''") + "'"
-        if where is not None:
-            query += f" and ({where})"
-        rows = Index(place).query(f'{query} order by shard, "offset"').to_pylist()
+        wanted = selection(split, where)
+        rows = Index(place).query(f'select clip_id, caption from clips where {wanted} order by shard, "offset"').to_pylist()
     # DuckDB and the index have classes of their own for a wrong condition and a damaged part.
     except Exception as error:
         reason = str(error).partition("\n")[0]

@@ -27,6 +27,7 @@ class Plan:
         steps, guidance_scale, frames, height, width, fps, negative_prompt: as for the pipeline.
         dtype: number format of the models.
         prompts_hash: of the prompts in their order.
+        weights_hash: of the models' files, where they lie in a folder: training may have put others there.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Plan:
     negative_prompt: str | None
     dtype: str
     prompts_hash: str
+    weights_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ def seed_of(seed: int, number: int) -> int:
 def hash_of(prompts: list[str]) -> str:
     """Of prompts in their order."""
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+
+
+def weights_hash(model: str) -> str:
+    """Of the files of a saved pipeline's models; empty of one that is in no folder. Several gigabytes take some seconds."""
+    from videofactory.model.pipeline_files import digests
+
+    if not Path(model).is_dir():
+        return ""
+    found = digests(Path(model), ("unet", "vae", "text_encoder"))
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
 def samples(prompts: list[str], count: int, seed: int) -> list[Sample]:
@@ -151,9 +163,13 @@ def prepare(plan: Plan, wanted: list[Sample], out: Path) -> None:
             if before.get(name) != value and not (name == "count" and grows)
         ]
         if different:
-            raise ValueError(f"{out} holds videos of another plan: {'; '.join(different)}; name another folder with --out")
+            raise ValueError(
+                f"{out} holds videos of another plan: {'; '.join(different)}; remove it, or name another folder with --out"
+            )
     elif any(out.glob("*.mp4")):
-        raise ValueError(f"{out} holds videos that were not made so (there is no {RECORD}); name another folder with --out")
+        raise ValueError(
+            f"{out} holds videos that were not made so (there is no {RECORD}); remove it, or name another folder with --out"
+        )
     _write(out / PROMPTS, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in wanted))
     _write(record, json.dumps(asdict(plan), indent=2, ensure_ascii=False) + "\n")
 

@@ -74,6 +74,7 @@ class Trainer:
 
     Attributes:
         step: steps of the optimiser that are done; above 0 where the output held a checkpoint.
+        stopping: whether a signal asked to end.
         models: the U-Net that is trained, and what is around it.
         loader: of the batches; `loader.table` says which clips went where.
 
@@ -104,7 +105,7 @@ class Trainer:
         self._average = moving_average(unet, config.ema) if config.ema else None
         self._validation = Validation(config, self.models, self._encoder, processes) if config.validation else None
         self.step = self._resume()
-        self._stop = False
+        self.stopping = False
 
     def describe(self) -> str:
         """What is trained on what, before it begins."""
@@ -130,15 +131,16 @@ class Trainer:
             OutputBusyError: another run writes to the same output.
         """
         with alone_in(Path(self.config.output), self.processes):
+            if self.processes.agree(self._begun_by_another()):
+                raise CheckpointError(
+                    f"another run has written to {self.config.output} since this one looked into it; start the command again"
+                )
             return self._run()
 
     def _run(self) -> bool:
         config, main = self.config, self.processes.main
-        if self.step >= config.steps:
-            if not (Path(config.output) / PIPELINE).is_dir():  # a run that was killed while it wrote it
-                self._finish()
-            return True
-        if main:
+        trains = self.step < config.steps
+        if main and trains:
             (Path(config.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         accumulate = config.optimiser.accumulate
         batches = self.loader.iterate(self.step * accumulate, config.steps * accumulate)
@@ -151,10 +153,19 @@ class Trainer:
             # A run that was killed between a checkpoint and its validation.
             if self.step and self._is_due(self._validation) and not self.processes.as_main_says(log.validated):
                 log.write([self._validate()])
-            self._loop(batches, log, watch)
-        if self.step >= config.steps:
+            if trains:
+                self._loop(batches, log, watch)
+        if self.step < config.steps:
+            return False
+        # A run that was killed while it wrote it has none.
+        if trains or not (Path(config.output) / PIPELINE).is_dir():
             self._finish()
-        return self.step >= config.steps
+        return True
+
+    def _begun_by_another(self) -> bool:
+        """Whether the output holds another checkpoint than the one that this run goes on from."""
+        found = checkpoints.latest(self.config.output) if self.processes.main else None
+        return self.processes.main and (checkpoints.step_of(found) if found else 0) != self.step
 
     def _loop(self, batches: Iterator[dict[str, Any]], log: Log, watch: Watch | None) -> None:
         config = self.config
@@ -175,13 +186,13 @@ class Trainer:
             saves = last or self.step % config.checkpoints.every == 0
             validates = last or self.step % config.validation.every == 0 if config.validation else False
             # Several processes ask each other only where they wait for each other anyway.
-            stops = self._stop and self.processes.world == 1
+            stops = self.stopping and self.processes.world == 1
             if stops or saves or validates or self.step % config.log.every == 0:
                 lines = self._lines(pending, rates, by_timestep, rate)
                 log.write(lines)
                 if watch is not None:
                     watch.show(self.step, lines[-1])
-                stops = self.processes.agree(self._stop)
+                stops = self.processes.agree(self.stopping)
                 if saves or stops:
                     self._save()
                 if stops and not last:
@@ -347,10 +358,12 @@ class Trainer:
         return restored.step
 
     def _is_due(self, validation: Validation | None) -> bool:
-        return validation is not None and self.config.validation is not None and self.step % self.config.validation.every == 0
+        if validation is None or self.config.validation is None:
+            return False
+        return self.step == self.config.steps or self.step % self.config.validation.every == 0
 
     def _ask_to_stop(self) -> None:
-        self._stop = True
+        self.stopping = True
         if self.processes.main:
             sys.stderr.write("\nending soon, with a checkpoint; once more to end at once\n")
 

@@ -19,7 +19,7 @@ MASK_HEIGHT, MASK_WIDTH = 16, 28
 """Of its masks, in cells of 4 x 4 pixels."""
 
 FPS = 8.0
-"""Frames per second of the miniature's videos."""
+"""Frames per second of the videos that it was measured with; it reads others too."""
 
 PAIRS: tuple[tuple[str, str], ...] = tuple((colour, form) for colour in COLOURS for form in FORMS)
 """All pairs of colour and form. A judge has to know every one equally well, those among them that a model never saw."""

@@ -30,7 +30,7 @@ PROMPTS = "prompts.jsonl"
 """Beside the videos of a folder: file and prompt of each, one JSON object a line."""
 
 _FRAMES = 16
-"""Of a dataset's clip, taken at `FPS` from its middle, as training takes them."""
+"""Of a dataset's clip, taken at `FPS` from its middle."""
 
 
 def prompts_of(folder: Path) -> dict[str, str]:
