@@ -4,7 +4,9 @@ Importing this package is light; PyTorch is loaded with the first name taken fro
 saved pipelines, so they stay.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from videofactory.model.lazy import names_from
 
 if TYPE_CHECKING:
     from .pipeline import TextToVideoSwapPipeline, TextToVideoSwapPipelineOutput
@@ -18,10 +20,4 @@ _HOMES = {
 }
 __all__ = ["SwapUNet", "SwapUNetOutput", "TextToVideoSwapPipeline", "TextToVideoSwapPipelineOutput"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = names_from(__name__, _HOMES)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,31 +80,17 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, measure the costs, and end.")] = False,
 ) -> None:
     """Compare the ways in which space and time meet: train each alike over several seeds, make videos, score them, print a table."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    from videofactory.model.ablation.study import INTERACTIONS, InterruptedRunError, Study, check
+    from videofactory.model.ablation.study import INTERACTIONS, Study
     from videofactory.model.evaluation.prompts import read_prompts
-    from videofactory.model.generate_models import is_lack_of_memory
-    from videofactory.model.training.config import ConfigError
-    from videofactory.model.training.data import BadClipsError
-    from videofactory.model.training.processes import joined
-    from videofactory.model.training.tensor_files import CheckpointError
-    from videofactory.model.training.trainer import NotFiniteError
 
-    # A bar per model that is loaded says nothing that anyone waits for.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+    with _mistakes():
         if device not in ("auto", "cpu"):
             raise ValueError(f"--device is {device!r}; auto or cpu is wanted")
         if split not in ("train", "val", "test", "all"):
             raise ValueError(f"--split is {split!r}; train, val, test or all is wanted")
-        texts = read_prompts(prompts)
         study = Study(
             config,
-            prompts=tuple(texts),
+            prompts=tuple(read_prompts(prompts)),
             reference=reference,
             out=out,
             overrides=tuple(overrides or ()),
@@ -117,14 +105,21 @@ def main(
             image_extractor=(image_extractor, image_weights),
             reader=reader,
         )
-        base = against or ("swap" if "swap" in study.interactions else study.interactions[0])
-        if base not in study.interactions:
-            raise ValueError(f"--against is {base!r}; one of {', '.join(study.interactions)} is wanted")
-        check(study)
-        with joined(device) as processes:
-            if processes.world > 1:
-                raise ValueError("an ablation runs in one process; share it by --seeds or --interactions, with the same --out")
-            _run_all(study, processes, base, dry_run)
+        _compare(study, against, device, dry_run)
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """What a user can mend ends in one line, what is our mistake in a traceback."""
+    from videofactory.model.ablation.study import InterruptedRunError
+    from videofactory.model.generate_models import is_lack_of_memory
+    from videofactory.model.training.config import ConfigError
+    from videofactory.model.training.data import BadClipsError
+    from videofactory.model.training.tensor_files import CheckpointError
+    from videofactory.model.training.trainer import NotFiniteError
+
+    try:
+        yield
     except (InterruptedRunError, KeyboardInterrupt) as error:
         _stop(str(error) or "interrupted; the same command goes on", 130)
     except (ConfigError, CheckpointError, ValueError, OSError) as error:
@@ -134,7 +129,30 @@ def main(
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise
-        _stop(f"the memory did not suffice ({str(error).partition(chr(10))[0]}); lower data.buckets.0.batch, or --batch", 1)
+        reason = str(error).partition("\n")[0]
+        _stop(f"the memory did not suffice ({reason}); lower data.buckets.0.batch, or --batch, in another --out", 1)
+
+
+def _compare(study: Any, against: str | None, device: str, dry_run: bool) -> None:
+    """Check the study, and run it in this process."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from videofactory.model.ablation.study import check
+    from videofactory.model.training.processes import joined
+
+    # A bar per model that is loaded says nothing that anyone waits for.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    base = against or ("swap" if "swap" in study.interactions else study.interactions[0])
+    if base not in study.interactions:
+        raise ValueError(f"--against is {base!r}; one of {', '.join(study.interactions)} is wanted")
+    check(study)
+    with joined(device) as processes:
+        if processes.world > 1:
+            raise ValueError("an ablation runs in one process; share it by --seeds or --interactions, with the same --out")
+        _run_all(study, processes, base, dry_run)
 
 
 def _chosen(text: str, known: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -24,13 +24,13 @@ from .test_training_trainer import ONE, settings, write
 from .tiny_unets import one_thread  # noqa: F401
 from .training_datasets import training_dataset
 
-FAST = ["--count", "4", "--steps", "2", "--split", "all", "--device", "cpu", "--reader", "tests.test_ablation:bright"]
+FAST = ["--count", "4", "--steps", "2", "--split", "all", "--device", "cpu", "--reader", "tests.test_ablation:sizes"]
 
 
-def bright(videos: Sequence[tuple[str, NDArray[np.uint8]]]) -> dict[str, tuple[int, int]]:
-    """A reader: how many videos are brighter than nothing, and how many prompts are about a circle."""
+def sizes(videos: Sequence[tuple[str, NDArray[np.uint8]]]) -> dict[str, tuple[int, int]]:
+    """A reader: how many videos have the size that was trained, and how many prompts are about a circle."""
     return {
-        "light": (sum(bool(frames.mean() > 0) for _, frames in videos), len(videos)),
+        "whole": (sum(frames.shape == (4, 24, 40, 3) for _, frames in videos), len(videos)),
         "circle": (sum("circle" in prompt for prompt, _ in videos), len(videos)),
     }
 
@@ -78,7 +78,7 @@ def test_runs_are_trained_scored_and_kept(given: list[str], tmp_path: Path, monk
     found = json.loads((tmp_path / "out/ablation.json").read_text())
     assert {(one["interaction"], one["seed"]) for one in found["runs"]} == {("swap", 3), ("none", 3)}
     for one in found["runs"]:
-        assert one["readings"] == {"light": [4, 4], "circle": [2, 4]}
+        assert one["readings"] == {"whole": [4, 4], "circle": [2, 4]}
         assert all(math.isfinite(value) for value in one["metrics"].values())
     fvd = {one["interaction"]: one["metrics"]["fvd"] for one in found["runs"]}
     assert {name: one["mean"] for name, one in found["values"]["fvd"].items()} == fvd

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,11 @@ from videofactory.pipelines.sample.training_frames import HELD_OUT, SEEN
 from .datasets import write_dataset
 from .training_datasets import add_captions, kept
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 SEED = 4711
 """Of shots that neither the training nor its measurement has drawn."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

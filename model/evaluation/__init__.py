@@ -6,7 +6,9 @@ Importing this package is light; PyTorch is loaded with the first name taken fro
 `python -m videofactory.model.evaluate`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from videofactory.model.lazy import names_from
 
 if TYPE_CHECKING:
     from .inputs import open_videos
@@ -16,10 +18,4 @@ if TYPE_CHECKING:
 _HOMES = {"Evaluation": "scoring", "Sampling": "protocol", "evaluate": "scoring", "open_videos": "inputs"}
 __all__ = ["Evaluation", "Sampling", "evaluate", "open_videos"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = names_from(__name__, _HOMES)

@@ -6,7 +6,9 @@
 Importing this package is light; PyTorch is loaded with the first name taken from it.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from videofactory.model.lazy import names_from
 
 if TYPE_CHECKING:
     from .config import load_config
@@ -16,10 +18,4 @@ if TYPE_CHECKING:
 _HOMES = {"Trainer": "trainer", "joined": "processes", "load_config": "config"}
 __all__ = ["Trainer", "joined", "load_config"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = names_from(__name__, _HOMES)

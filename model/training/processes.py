@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -174,3 +177,24 @@ def gradients_meet(model: nn.Module, now: bool) -> Iterator[None]:
         model.set_requires_gradient_sync(now)
     with contextlib.nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync():
         yield
+
+
+@contextlib.contextmanager
+def signals_ask(ask: Callable[[], None]) -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM ask to stop at the next log line; a second one ends at once, as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        ask()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

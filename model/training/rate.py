@@ -1,7 +1,9 @@
-"""How fast training is: clips per second, waiting for data, and the rate of computation against what the device can do."""
+"""How fast training is, and how much memory it takes: clips per second, waiting for data, the rate of computation against the peak."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from typing import Any
 
@@ -71,3 +73,11 @@ class Rate:
                 text = torch.zeros(1, _TEXT_TOKENS, unet.config.cross_attention_dim)
                 self._flops[bucket] = forward_flops(unet, sample, torch.zeros(1, dtype=torch.int64), text)
         return self._flops[bucket]
+
+
+def most_memory(device: torch.device) -> float:
+    """Most memory in use so far, in bytes: of the device, or of this process where that is a processor."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most) * (1 if sys.platform == "darwin" else 1024)

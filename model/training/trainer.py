@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -49,8 +44,8 @@ from .parameters import (
     set_learning_rate,
     trained,
 )
-from .processes import Processes, alone_in, gradients_meet, wrap
-from .rate import Rate
+from .processes import Processes, alone_in, gradients_meet, signals_ask, wrap
+from .rate import Rate, most_memory
 from .start import Models, load_models
 from .tensor_files import CheckpointError
 from .validation import Validation
@@ -148,7 +143,7 @@ class Trainer:
             self.loader,
             Log(config, self.step, main) as log,
             watching(self.step, config.steps, main) as watch,
-            _signals(self._ask_to_stop),
+            signals_ask(self._ask_to_stop),
         ):
             # A run that was killed between a checkpoint and its validation.
             if self.step and self._is_due(self._validation) and not self.processes.as_main_says(log.validated):
@@ -275,7 +270,7 @@ class Trainer:
             "mean_loss": sum(line["loss"] for line in lines) / len(lines),
             "loss_from_timestep": means,
             **rate.end(len(lines), self.loader.waited),
-            "memory_gb": _memory(self.processes.device) / 1e9,
+            "memory_gb": most_memory(self.processes.device) / 1e9,
             "bad_clips": self.processes.total(len(self.loader.bad)),
         }
         return lines
@@ -384,32 +379,3 @@ class Trainer:
         if target.is_dir():
             shutil.rmtree(target)  # of a run with fewer steps
         partial.rename(target)
-
-
-def _memory(device: torch.device) -> float:
-    """Most memory in use so far, in bytes: of the device, or of this process where that is a processor."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(most) * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def _signals(ask: Any) -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM ask to stop at the next log line; a second one ends at once, as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        ask()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
