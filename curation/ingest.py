@@ -127,7 +127,9 @@ class Ingest:
             failed = {"status": "failed", "error_class": error.error_class, "error": str(error), "retryable": error.retryable}
             put_record(self.storage, self.run, {**row, **failed}, [], schema)
             return []
-        split = split_of(source["source_id"], self.val, self.test)
+        # The address of a file is this machine's alone: its bytes divide it alike everywhere, and copies of it the same way.
+        sha256 = fetch.sha256()
+        split = split_of(source["source_id"] if local_path(source["uri"]) is None else sha256, self.val, self.test)
         candidates = [{**row, "split": split} for row in candidates]
         probe = analysis.probe
         done = {
@@ -138,7 +140,7 @@ class Ingest:
             "height": probe.height,
             "fps": probe.fps,
             "codec": probe.codec,
-            "sha256": fetch.sha256(),
+            "sha256": sha256,
             "analysed_with": analysis.analysed_with,
         }
         if self.thumbnails:

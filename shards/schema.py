@@ -191,10 +191,10 @@ def clip_id(source: str, start: float) -> str:
 
 
 def split_of(source: str, val: float, test: float) -> Split:
-    """The split of every clip of `source`, by hash of the id, so that clips of one source never stand on two sides.
+    """The split of every clip of `source`, by hash, so that clips of one source never stand on two sides.
 
     Args:
-        source: a source id.
+        source: what tells the source from others on every machine: its id, or the SHA-256 of a file that has a path alone.
         val, test: fractions of sources, each in [0, 1], together at most 1.
     """
     draw = int.from_bytes(hashlib.sha256(b"split:" + source.encode()).digest()[:8], "big") / 2**64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,21 @@ def test_two_builds_are_equal(videos: Path, tmp_path: Path) -> None:
     query = "select clip_id, state, sha256, motion, rejected_by from clips order by clip_id"
     first, second = (run(videos, tmp_path / name).query(query).to_pylist() for name in ("a", "b"))
     assert first == second
+
+
+def test_files_are_divided_alike_wherever_they_lie(videos: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(videos, moved)
+    for file in sorted(moved.glob("video-*.mp4")):
+        shutil.copy(file, file.with_name(f"copy-{file.name}"))
+    chosen = recipe(split={"val": 0.3, "test": 0.3})
+    query = "select parse_filename(s.uri) as name, any_value(c.split) as split from clips c join sources s using (source_id) group by all"
+    first, second = (
+        {row["name"]: row["split"] for row in run(folder, tmp_path / out, chosen).query(query).to_pylist()}
+        for folder, out in ((videos, "a"), (moved, "b"))
+    )
+    assert len(first) == 4 and len(second) == 8 and len(set(first.values())) > 1
+    assert second == first | {f"copy-{name}": split for name, split in first.items()}
 
 
 def test_added_sources_are_built_alone(videos: Path, tmp_path: Path, analysed: list[str]) -> None:
