@@ -21,8 +21,9 @@ from videofactory.model.training.config import load_config
 from videofactory.model.training.trainer import Trainer
 
 from .test_training_trainer import ONE, settings, write
-from .tiny_unets import one_thread  # noqa: F401
 from .training_datasets import training_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAST = ["--count", "4", "--steps", "2", "--split", "all", "--device", "cpu", "--reader", "tests.test_ablation:sizes"]
 

@@ -25,7 +25,9 @@ from videofactory.model.attention import (
 )
 from videofactory.model.unet import SwapUNet
 
-from .tiny_unets import NARROW, greatest_difference, inputs, noise, one_thread, predict, randomise, tiny_unet  # noqa: F401
+from .tiny_unets import NARROW, greatest_difference, inputs, noise, predict, randomise, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [
     ((1, 16, 24, 40), (16, 8, 11)),

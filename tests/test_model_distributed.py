@@ -9,7 +9,9 @@ from torch import distributed, multiprocessing
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from .tiny_unets import greatest_difference, inputs, noise, one_thread, tiny_unet  # noqa: F401
+from .tiny_unets import greatest_difference, inputs, noise, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LIMIT = 120
 FRAMES = (3, 1)  # of what each of the two processes has: a video, an image

@@ -11,7 +11,8 @@ from videofactory.model.evaluation.extractors import RandomImageExtractor, Rando
 from videofactory.model.evaluation.metrics import Features, check_names, extract, score
 
 from .evaluation_clips import blurred, clip, clips, shuffled, tensor
-from .tiny_unets import one_thread  # noqa: F401 - a fixture of the whole module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_features(count: int, width: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:

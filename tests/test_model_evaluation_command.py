@@ -14,7 +14,8 @@ from videofactory.model.evaluation import results
 
 from .evaluation_clips import FRAMES, HEIGHT, WIDTH, clip, clips, write_clip, write_folder
 from .test_model_evaluation_extractors import clip_folder, scripts  # noqa: F401 - fixtures
-from .tiny_unets import one_thread  # noqa: F401 - a fixture of the whole module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAST = ["--frames", FRAMES, "--height", HEIGHT, "--width", WIDTH, "--resamples", 20, "--device", "cpu"]
 

@@ -12,7 +12,8 @@ from videofactory.model.evaluation.extractors import Extractor
 from videofactory.model.evaluation.metrics import METRICS
 
 from .evaluation_clips import clips, tensor
-from .tiny_unets import one_thread  # noqa: F401 - a fixture of the whole module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGE = (Path(__file__).parent.parent / "docs/evaluation.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -11,7 +11,8 @@ from torch import nn
 from videofactory.model.evaluation.extractors import Extractor, load
 
 from .evaluation_clips import clips, tensor
-from .tiny_unets import one_thread  # noqa: F401 - a fixture of the whole module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class ThreeD(nn.Module):

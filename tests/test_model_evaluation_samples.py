@@ -10,7 +10,8 @@ from videofactory.model.evaluation.inputs import open_videos
 from videofactory.model.evaluation.prompts import read_prompts
 
 from .test_model_evaluation_command import run
-from .tiny_unets import one_thread  # noqa: F401 - a fixture of the whole module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAST = ["--model", "miniature", "--steps", 1, "--frames", 3, "--height", 24, "--width", 40, "--device", "cpu"]
 

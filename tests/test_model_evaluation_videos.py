@@ -12,7 +12,8 @@ from videofactory.model.evaluation.videos import Census, TooShortError, batches,
 
 from .datasets import write_dataset
 from .evaluation_clips import FRAMES, HEIGHT, WIDTH, clip, clips, write_clip, write_folder
-from .tiny_unets import one_thread  # noqa: F401 - a fixture of the whole module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {"frames": 4, "height": HEIGHT, "width": WIDTH}
 

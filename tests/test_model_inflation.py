@@ -22,7 +22,9 @@ from .tiny_parents import (
     image_model,
     video_model,
 )
-from .tiny_unets import TIMESTEP, greatest_difference, inputs, noise, one_thread, predict, randomise  # noqa: F401
+from .tiny_unets import TIMESTEP, greatest_difference, inputs, noise, predict, randomise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 11), (7, 5), (2, 2), (3, 2)])

@@ -11,7 +11,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from videofactory.model.attention import TimeAttnProcessor, VideoAttnProcessor
 
-from .tiny_unets import greatest_difference, inputs, noise, one_thread, predict, tiny_unet  # noqa: F401
+from .tiny_unets import greatest_difference, inputs, noise, predict, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

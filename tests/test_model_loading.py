@@ -15,7 +15,9 @@ from videofactory.model.mixin import LOADING
 from videofactory.model.settings import FREE
 from videofactory.model.unet import SwapUNet
 
-from .tiny_unets import fresh_unet, greatest_difference, inputs, one_thread, predict, randomise, tiny_unet  # noqa: F401
+from .tiny_unets import fresh_unet, greatest_difference, inputs, predict, randomise, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDS = {"max_shard_size": "500KB"}

@@ -9,7 +9,9 @@ from videofactory.model.settings import FREE
 from videofactory.model.unet import SwapUNet
 
 from .tiny_parents import NEW_OVER_TIME, SD1, SD2, check_copied, frame_by_frame, image_model, video_model
-from .tiny_unets import TIMESTEP, greatest_difference, inputs, one_thread, predict, tiny_unet  # noqa: F401
+from .tiny_unets import TIMESTEP, greatest_difference, inputs, predict, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # How a parent of each kind is made, with 8 channels to a head, and how it becomes a video model.
 STARTS = {

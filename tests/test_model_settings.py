@@ -10,7 +10,9 @@ import torch
 from videofactory.model.settings import check_settings
 from videofactory.model.unet import SwapUNet
 
-from .tiny_unets import TIMESTEP, TINY, greatest_difference, inputs, noise, one_thread, predict, tiny_unet  # noqa: F401
+from .tiny_unets import TIMESTEP, TINY, greatest_difference, inputs, noise, predict, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

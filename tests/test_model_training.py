@@ -15,7 +15,9 @@ from torch.nn import functional
 
 from videofactory.model.unet import SwapUNet
 
-from .tiny_unets import TIMESTEP, fresh_unet, greatest_difference, inputs, noise, one_thread, predict, tiny_unet  # noqa: F401
+from .tiny_unets import fresh_unet, greatest_difference, inputs, noise, predict, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Compiling takes its time for every layer, so here are few.
 SHORT = {"block_out_channels": (16,), "attention_levels": (True,), "swap_windows": ((2, 4, 4),)}

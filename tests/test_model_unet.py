@@ -13,18 +13,9 @@ from videofactory.model.attention import INTERACTIONS
 from videofactory.model.mixin import order_loaded
 from videofactory.model.unet import SwapUNet, SwapUNetOutput
 
-from .tiny_unets import (  # noqa: F401
-    NARROW,
-    TIMESTEP,
-    fresh_unet,
-    greatest_difference,
-    inputs,
-    noise,
-    one_thread,
-    predict,
-    randomise,
-    tiny_unet,
-)
+from .tiny_unets import NARROW, TIMESTEP, fresh_unet, greatest_difference, inputs, noise, predict, randomise, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ from videofactory.model.training.parameters import averaged, build_optimizer, ch
 from videofactory.model.training.parameters import shard as shard_unet
 from videofactory.model.unet import SwapUNet
 
-from .tiny_unets import greatest_difference, inputs, noise, one_thread, predict, tiny_unet  # noqa: F401
+from .tiny_unets import greatest_difference, inputs, noise, predict, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LIMIT = 240
 # Files and steps are many here, so layers are few.

@@ -26,7 +26,9 @@ from videofactory.model.training.objective import (
 )
 from videofactory.model.training.settings import NoiseSettings
 
-from .tiny_unets import one_thread, tiny_unet  # noqa: F401
+from .tiny_unets import tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = (4, 4, 3, 6, 7)
 PLAIN = NoiseSettings()

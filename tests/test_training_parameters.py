@@ -29,7 +29,9 @@ from videofactory.model.training.settings import EmaSettings, ModelSettings, Opt
 from videofactory.model.unet import SwapUNet
 
 from .tiny_parents import image_model
-from .tiny_unets import greatest_difference, inputs, one_thread, predict, tiny_unet  # noqa: F401
+from .tiny_unets import greatest_difference, inputs, predict, tiny_unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RATE = OptimiserSettings(learning_rate=0.5, weight_decay=0.25)
 

@@ -29,8 +29,9 @@ from videofactory.model.training.processes import OutputBusyError, Processes
 from videofactory.model.training.tensor_files import CheckpointError
 from videofactory.model.training.trainer import NotFiniteError, Trainer
 
-from .tiny_unets import one_thread  # noqa: F401
 from .training_datasets import add_captions, damage, kept, training_dataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE = Processes(0, 1, torch.device("cpu"))
 TIME_LIMIT = 280

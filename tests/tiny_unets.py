@@ -1,10 +1,8 @@
 """Small swap-attention U-Nets for tests, in which every weight counts, and what is put into them."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -27,15 +25,6 @@ NARROW: dict[str, Any] = {
     "norm_num_groups": 4,
 }
 TIMESTEP = 321
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads on tensors as small as these wait for each other more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()
