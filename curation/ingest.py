@@ -127,7 +127,7 @@ class Ingest:
             failed = {"status": "failed", "error_class": error.error_class, "error": str(error), "retryable": error.retryable}
             put_record(self.storage, self.run, {**row, **failed}, [], schema)
             return []
-        # The address of a file is this machine's alone: its bytes divide it alike everywhere, and copies of it the same way.
+        # The address of a file is this machine's alone: its bytes divide it alike everywhere, and equal files the same way.
         sha256 = fetch.sha256()
         split = split_of(source["source_id"] if local_path(source["uri"]) is None else sha256, self.val, self.test)
         candidates = [{**row, "split": split} for row in candidates]

@@ -96,6 +96,25 @@ class Decode:
         return scaled(frame, *self.size)
 
 
+def all_frames(video: bytes) -> tuple[np.ndarray, float | None]:
+    """Every frame of an encoded video at its own size, uint8 `[frames, height, width, 3]` RGB, and its frames per second if known.
+
+    Raises:
+        ValueError: it holds no video that can be decoded.
+    """
+    import av
+
+    try:
+        with av.open(io.BytesIO(video)) as container:
+            rate = container.streams.video[0].average_rate
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"no video that can be decoded: {error}") from error
+    if not frames:
+        raise ValueError("no frame")
+    return np.stack(frames), float(rate) if rate else None
+
+
 def scaled(frame: Any, height: int, width: int) -> np.ndarray:
     """A decoded `av.VideoFrame` scaled to cover height and width in pixels and cropped about its centre: uint8 `[height, width, 3]`."""
     scale = max(height / frame.height, width / frame.width)

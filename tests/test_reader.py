@@ -16,7 +16,7 @@ import torch
 import webdataset as wds
 
 from videofactory.shards.index import Index
-from videofactory.shards.reader import Decode, MapDataset, stream
+from videofactory.shards.reader import Decode, MapDataset, all_frames, stream
 
 from .datasets import write_dataset
 from .videos import SIZE, make_video
@@ -144,6 +144,15 @@ def test_decode_gives_what_choosing_from_all_frames_gives(decode: Decode, datase
     videos = [odd_clip(list(regular)), odd_clip(uneven), odd_clip([500]), MapDataset(dataset, split=None)[0]["video"]]
     for video in videos:
         assert torch.equal(decode(video), plain(decode, video))
+
+
+def test_all_frames_are_those_that_were_written() -> None:
+    frames, rate = all_frames(odd_clip(list(range(0, 400, 40))))
+    assert frames.shape == (10, 48, 64, 3) and rate == pytest.approx(25)
+    assert np.abs(frames.mean(axis=(1, 2, 3)) - 5.0 * np.arange(10)).max() < 2
+    for content in (b"", b"no video", b"\0" * 10_000):
+        with pytest.raises(ValueError, match="no video that can be decoded"):
+            all_frames(content)
 
 
 def test_decode_believes_the_decoder_more_than_the_packets() -> None:

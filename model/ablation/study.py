@@ -12,7 +12,6 @@ has fewer, draws its layers over time anew), and are sampled from the same noise
 from __future__ import annotations
 
 import importlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from videofactory.model.evaluation.results import write
 from videofactory.model.evaluation.scoring import Evaluation, choose_metrics, evaluate
 from videofactory.model.training.config import TrainingConfig, load_config
 from videofactory.model.training.processes import Processes
+from videofactory.shards.reader import all_frames
 
 INTERACTIONS: tuple[Interaction, ...] = get_args(Interaction)
 RECORD, RESULT = "study.json", "result.json"
@@ -289,8 +289,5 @@ def _score(study: Study, folder: Path, processes: Processes) -> dict[str, Any]:
 
 def _frames(videos: VideoSet) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """The prompt and frames, uint8 (F, H, W, 3), of every video, which are files."""
-    import av
-
     for video in videos.videos:
-        with av.open(io.BytesIO(cast(bytes, video.read()))) as container:
-            yield video.prompt or "", np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        yield video.prompt or "", all_frames(cast(bytes, video.read()))[0]

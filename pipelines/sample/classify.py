@@ -9,7 +9,6 @@ clips of a dataset by their captions, which tells what to expect at best. `class
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,23 +63,19 @@ def prompts_of(folder: Path) -> dict[str, str]:
     return prompts
 
 
-def read_video(content: Path | bytes, name: str) -> tuple[NDArray[np.uint8], float]:
+def read_video(file: Path) -> tuple[NDArray[np.uint8], float]:
     """All frames of a file, uint8 [n, height, width, 3] RGB, and its frames per second.
 
     Raises:
-        ValueError: it holds no video that can be decoded; `name` says which.
+        ValueError: it holds no video that can be decoded; the message names it.
     """
-    import av
+    from videofactory.shards.reader import all_frames
 
     try:
-        with av.open(io.BytesIO(content) if isinstance(content, bytes) else str(content)) as container:
-            fps = float(container.streams.video[0].average_rate or FPS)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{name} holds no video that can be decoded: {error}") from error
-    if not frames:
-        raise ValueError(f"{name} holds no frame")
-    return np.stack(frames), fps
+        frames, fps = all_frames(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} holds {error}") from error
+    return frames, fps or FPS
 
 
 def score_folder(folder: Path, classifier: Classifier | None = None) -> Scores:
@@ -94,7 +89,7 @@ def score_folder(folder: Path, classifier: Classifier | None = None) -> Scores:
     reader = classifier or Classifier.load()
     judged = []
     for name, prompt in prompts.items():
-        frames, fps = read_video(folder / name, str(folder / name))
+        frames, fps = read_video(folder / name)
         judged.append(Judged(name, prompt, asked[name], reader.read(frames, fps)))
     return Scores(tuple(judged))
 
