@@ -106,10 +106,12 @@ def all_frames(video: bytes) -> tuple[np.ndarray, float | None]:
 
     try:
         with av.open(io.BytesIO(video)) as container:
+            if not container.streams.video:
+                raise ValueError("no video stream")
             rate = container.streams.video[0].average_rate
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"no video that can be decoded: {error}") from error
+    except av.FFmpegError as error:
+        raise ValueError(f"no video that can be decoded: {error.strerror or error}") from error
     if not frames:
         raise ValueError("no frame")
     return np.stack(frames), float(rate) if rate else None
